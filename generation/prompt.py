@@ -1,0 +1,115 @@
+"""Takes over what a prompt leaves open: a goal, a block that is about to fork, a path, a conclusion."""
+
+from typing import TYPE_CHECKING
+
+from multiverse.layout import compatible_branches, expand_runs
+from multiverse.problems import OpenTag, TagGrammar
+from multiverse.structure import Block
+
+from .branch import Branch, BranchStatus
+
+if TYPE_CHECKING:
+    from .request import Request
+
+
+def adopt_prompt(request: "Request") -> None:
+    """Fills `request.root`, opens the branches that the prompt has started, and forces what its last tag calls for.
+
+    A prompt without an open block ends up as a root branch that runs. Inside a block, the branch that holds the
+    prompt's last token runs on, and its siblings that have an outline but no path yet are forked beside it.
+
+    Args:
+        request (`Request`): with its prompt, rules, `machine` and `prompt_labels` set.
+    """
+    machine, read_label = request.machine, request.rules.header.read_label
+    visible = _visible_labels(request)
+    stacks = _open_tags(request)
+
+    branch = request.root
+    branch.visible, branch.grammar = visible[0], TagGrammar(stack=stacks[0])
+    waiting: list[tuple[Branch, Block, list[Branch]]] = []
+    for block, stack in zip(machine.open_blocks, stacks[1:], strict=True):
+        branch.blocks.append(block)
+        if not block.in_path:
+            branch.grammar.stack += stack
+            continue
+        paths = []
+        for number, path in enumerate(block.paths, start=1):
+            label, _ = read_label(request.prompt, path.start + 1)
+            own = label or (f"{branch.label}.{number}" if branch.label else str(number))
+            paths.append(Branch(request.prompt_labels[path.branch], branch, own, path, visible=visible[path.branch]))
+            paths[-1].status, paths[-1].finish_reason = BranchStatus.FINISHED, "closed"
+        waiting.append((branch, block, paths))
+        branch.status = BranchStatus.WAITING
+        branch = paths[-1]
+        branch.status, branch.finish_reason = BranchStatus.RUNNING, None
+        branch.grammar = TagGrammar(stack=stack if stack and stack[0].name == "Path" else [OpenTag("Path", 0), *stack])
+
+    branch.next_position = machine.next_position
+    kept = _recall(request, [branch, *(each for parent, _, paths in waiting for each in (parent, *paths[:-1]))])
+    for parent, block, paths in waiting:
+        labels = _labels(request, parent, block)
+        for path_branch in paths:
+            # Merging adds what the parent does not have yet; histories of the prompt's own branches hold it all.
+            path_branch.inherited = len(parent.history)
+        request.fork(parent, block, labels if block.goal_close is not None else [], paths)
+
+    last_tag = request.rules.tag_of_id.get(request.prompt[-1]) if request.prompt else None
+    innermost = machine.open_blocks[-1] if machine.open_blocks else None
+    if innermost is None:
+        return
+    if innermost.in_path:
+        if innermost.paths[-1].close is not None:
+            branch.grammar.stack.clear()
+            request.finish_path(branch, "closed", innermost.paths[-1].last_position, separator=last_tag == "</Path>")
+    elif innermost.conclusion is None and not innermost.paths:
+        if innermost.goal_close is None:
+            innermost.outlines = [kept[start] for start in innermost.outlines]
+        else:
+            request.force(branch, request.rules.header.separator if last_tag == "</Goal>" else [])
+            request.fork(branch, innermost, _labels(request, branch, innermost), [])
+
+
+def _labels(request: "Request", branch: Branch, block: Block) -> list[str]:
+    """The label of every path that a block of the prompt calls for."""
+    read = request.rules.header.read_label
+    return path_labels(branch.label, [read(request.prompt, start + 1)[0] for start in block.outlines])
+
+
+def path_labels(prefix: str, written: list[str | None]) -> list[str]:
+    """The outlines' own labels, those without one numbered by order below their block's path (`2` gives `2.1`)."""
+    start = f"{prefix}." if prefix else ""
+    return [label or f"{start}{number}" for number, label in enumerate(written, start=1)]
+
+
+def _visible_labels(request: "Request") -> list[set[int]]:
+    """Cache-slot labels that each branch of the prompt may see."""
+    table = compatible_branches(request.machine)
+    return [{request.prompt_labels[column] for column in row.nonzero().flatten().tolist()} for row in table]
+
+
+def _open_tags(request: "Request") -> list[list[OpenTag]]:
+    """Tags open at the end of the prompt: those up to the first open `<Parallel>` (included), then up to the next."""
+    grammar = TagGrammar()
+    for index, tag in request.machine.events:
+        if tag:
+            grammar.read(tag, index)
+    stacks: list[list[OpenTag]] = [[]]
+    for entry in grammar.stack:
+        stacks[-1].append(entry)
+        if entry.name == "Parallel":
+            stacks.append([])
+    return stacks
+
+
+def _recall(request: "Request", branches: list[Branch]) -> dict[int, int]:
+    """Gives each branch the part of the prompt it may see; returns, for the first one, index in it by prompt index."""
+    owners = [request.prompt_labels[branch] for branch in expand_runs(request.machine)[0].tolist()]
+    kept: dict[int, int] = {}
+    for number, branch in enumerate(dict.fromkeys([*branches, request.root])):
+        indices = [index for index, owner in enumerate(owners) if owner in branch.visible]
+        branch.history = [request.prompt[index] for index in indices]
+        branch.inherited = len(branch.history)
+        if number == 0:
+            kept = {index: place for place, index in enumerate(indices)}
+    return kept

@@ -1,0 +1,262 @@
+"""One request: its tree of branches, and the rules by which sampled and forced tokens make it grow.
+
+Plain Python: no model and no tensors but the logits a token may carry, so every rule can be tested by itself.
+Layout contract, section 7.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from multiverse.forced import HeaderTokens
+from multiverse.layout import read_sequence
+from multiverse.problems import OpenTag
+from multiverse.structure import Block, StructureMachine
+
+from .branch import Branch, BranchStatus, Fork, Token
+from .prompt import adopt_prompt, path_labels
+
+
+@dataclass(frozen=True)
+class RequestRules:
+    """What every request of a call shares.
+
+    Attributes:
+        token_ids (`Mapping[str, int]`): id of every tag.
+        header (`HeaderTokens`): separators and labels to force.
+        eos_token_ids (`frozenset[int]`): tokens that end a request, or a path.
+        max_new_tokens (`int`): tokens a request may add in all its branches, forced ones included.
+        max_path_tokens (`int`, *optional*): tokens a path may hold itself, its header included, before it is closed.
+    """
+
+    token_ids: Mapping[str, int]
+    header: HeaderTokens
+    eos_token_ids: frozenset[int]
+    max_new_tokens: int
+    max_path_tokens: int | None = None
+    tag_of_id: dict[int, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tag_of_id", {token_id: tag for tag, token_id in self.token_ids.items()})
+
+
+class Request:
+    """A prompt and everything that grows from it.
+
+    The prompt may end anywhere: in plain text, inside a goal, just after `</Goal>`, inside a path. What it leaves open
+    is taken over as if it had been generated.
+
+    Args:
+        prompt (`list[int]`): token ids without padding.
+        rules (`RequestRules`): limits and tags.
+        new_label (`Callable[[], int]`): gives cache-slot labels that no other branch has.
+
+    Attributes:
+        machine (`StructureMachine`): structure of the prompt.
+        prompt_labels (`list[int]`): cache-slot label of every branch of the prompt.
+        root (`Branch`): branch 0.
+        made (`int`): tokens generated so far.
+        steps (`int`): sequential steps so far, a step being one round of sampling.
+        finish_reason (`str`, *optional*): `"eos"`, `"length"`, or `"stopped"` by a stopping criterion; `None` while it runs.
+    """
+
+    def __init__(self, prompt: list[int], rules: RequestRules, new_label: Callable[[], int]) -> None:
+        self.prompt = prompt
+        self.rules = rules
+        self.new_label = new_label
+        self.made = 0
+        self.steps = 0
+        self.finish_reason: str | None = None
+        self.machine: StructureMachine = read_sequence(prompt, rules.token_ids)
+        self.prompt_labels = [new_label() for _ in self.machine.parents]
+        self.root = Branch(number=self.prompt_labels[0])
+        adopt_prompt(self)
+        needed = self.made + self.closing_cost()
+        if needed > rules.max_new_tokens:
+            raise ValueError(
+                f"`max_new_tokens` is {rules.max_new_tokens}, but closing the blocks that the prompt leaves open takes "
+                f"{needed} tokens. Raise it, or close the blocks in the prompt."
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request has come to its end."""
+        return self.finish_reason is not None
+
+    def branches(self) -> list[Branch]:
+        """All branches in linear order of their beginnings."""
+        return self.root.tree()
+
+    def banned_tokens(self, branch: Branch) -> list[int]:
+        """Tags, and end-of-sequence tokens, that would break the structure if `branch` sampled them now."""
+        allowed = branch.grammar.allowed()
+        banned = [token_id for tag, token_id in self.rules.token_ids.items() if tag not in allowed]
+        return banned if self._may_end(branch) else [*banned, *self.rules.eos_token_ids]
+
+    def accept(self, branch: Branch, token_id: int, logits: torch.Tensor | None = None) -> None:
+        """Takes a sampled token into `branch` and does everything that follows from it."""
+        if self.made + self.closing_cost() + self._growth(branch, token_id) > self.rules.max_new_tokens:
+            self.close("length")
+            return
+        if token_id in self.rules.eos_token_ids and branch.parent is not None:
+            # No end-of-sequence token may stand inside a path: readers cut an answer at the first one.
+            self._close_path(branch, "eos")
+        else:
+            self._write(branch, token_id, forced=False, logits=logits)
+            if token_id in self.rules.eos_token_ids:
+                self.finish_reason = "eos"
+                return
+            if token_id in self.rules.tag_of_id:
+                self._read_tag(branch, self.rules.tag_of_id[token_id])
+        limit = self.rules.max_path_tokens
+        running_path = branch.parent is not None and branch.status is BranchStatus.RUNNING
+        if limit is not None and running_path and self._may_end(branch) and branch.written >= limit - 1:
+            self._close_path(branch, "max_path_tokens")
+        if self.made + self.closing_cost() >= self.rules.max_new_tokens:
+            self.close("length")
+
+    def closing_cost(self) -> int:
+        """Tokens it takes to close everything that is open; `max_new_tokens` always leaves room for them.
+
+        One per open tag, and two more for a block that has no `<Conclusion>` yet.
+        """
+        return sum(
+            3 if entry.name == "Parallel" and not entry.conclusions else 1
+            for branch in self.branches()
+            for entry in _to_close(branch)
+        )
+
+    def close(self, reason: str) -> None:
+        """Ends the request, closing what is open so that siblings stay apart in the linear text.
+
+        Args:
+            reason (`str`): finish reason of the request and of the paths that are cut off.
+        """
+        self._close_branch(self.root, reason)
+        assert self.made <= self.rules.max_new_tokens, "the budget keeps room for what is forced"
+        self.finish_reason = reason
+
+    def _close_branch(self, branch: Branch, reason: str) -> None:
+        for item in list(branch.items):
+            if isinstance(item, Fork):
+                for child in item.children:
+                    self._close_branch(child, reason)
+        while left := _to_close(branch):
+            position = branch.next_position
+            if left[-1].name == "Parallel" and not left[-1].conclusions:
+                tag = "<Conclusion>"
+            else:
+                tag = f"</{left[-1].name}>"
+            self._write(branch, self.rules.token_ids[tag], forced=True)
+            branch.grammar.read(tag, len(branch.history) - 1)
+            if branch.parent is not None and not branch.grammar.stack:
+                self.finish_path(branch, reason, position, separator=False)
+
+    def _growth(self, branch: Branch, token_id: int) -> int:
+        """By how much `made + closing_cost()` grows if `branch` takes `token_id`."""
+        tag = self.rules.tag_of_id.get(token_id)
+        separator = len(self.rules.header.separator)
+        if token_id in self.rules.eos_token_ids:
+            return 1 if branch.parent is None else separator
+        if tag is None:
+            return 1
+        if not tag.startswith("</"):
+            return 2 + 2 * (tag == "<Parallel>")
+        if tag == "</Path>":
+            return separator
+        if tag != "</Goal>" or not branch.blocks:
+            return 0 if _to_close(branch) else 1
+        labels = self._labels(branch, branch.blocks[-1])
+        headers = [2 + separator + len(self.rules.header.write_label(label)) for label in labels]
+        return separator + sum(headers)
+
+    def _may_end(self, branch: Branch) -> bool:
+        """Whether nothing but plain text would be cut if the branch ended here."""
+        if branch.parent is None:
+            return not branch.grammar.inside_block()
+        return [entry.name for entry in branch.grammar.stack] == ["Path"]
+
+    def _write(self, branch: Branch, token_id: int, forced: bool, logits: torch.Tensor | None = None) -> None:
+        branch.write(Token(token_id, branch.next_position, forced, self.steps, logits))
+        self.made += 1
+
+    def force(self, branch: Branch, token_ids: list[int]) -> None:
+        """Writes tokens that the model is not asked for."""
+        for token_id in token_ids:
+            self._write(branch, token_id, forced=True)
+
+    def _read_tag(self, branch: Branch, tag: str) -> None:
+        """Follows a tag that was just written to `branch`."""
+        index = len(branch.history)
+        branch.grammar.read(tag, index - 1)
+        if tag == "<Parallel>":
+            branch.blocks.append(Block(branch=branch.number, start=index - 1))
+        elif tag == "<Outline>" and branch.blocks:
+            branch.blocks[-1].outlines.append(index - 1)
+        elif tag == "</Goal>" and branch.blocks:
+            branch.blocks[-1].goal_position = branch.next_position - 1
+            self.force(branch, self.rules.header.separator)
+            self.fork(branch, branch.blocks[-1], self._labels(branch, branch.blocks[-1]), [])
+        elif tag == "</Parallel>" and branch.blocks:
+            branch.blocks.pop()
+        elif tag == "</Path>" and branch.parent is not None and not branch.grammar.stack:
+            self.finish_path(branch, "closed", branch.next_position - 1)
+
+    def _labels(self, branch: Branch, block: Block) -> list[str]:
+        """The label of every path that `block`, written by `branch`, calls for."""
+        read = self.rules.header.read_label
+        return path_labels(branch.label, [read(branch.history, start + 1)[0] for start in block.outlines])
+
+    def fork(self, branch: Branch, block: Block, labels: list[str], started: list[Branch]) -> None:
+        """Opens a branch for every outline of `block` that has no path yet.
+
+        Args:
+            branch (`Branch`): holds the block and waits from now on.
+            block (`Block`): its goal is closed.
+            labels (`list[str]`): label of every path.
+            started (`list[Branch]`): paths that exist already (a prompt that ends inside the block).
+        """
+        fork = Fork(block, list(started))
+        branch.items.append(fork)
+        branch.status = BranchStatus.WAITING
+        for label in labels[len(started) :]:
+            child = branch.child(self.new_label(), label, block)
+            fork.children.append(child)
+            self.force(child, [self.rules.token_ids["<Path>"], *self.rules.header.separator])
+            self.force(child, self.rules.header.write_label(label))
+        self.merge_if_finished(branch)
+
+    def _close_path(self, branch: Branch, reason: str) -> None:
+        """Ends a path that did not end itself."""
+        position = branch.next_position
+        self._write(branch, self.rules.token_ids["</Path>"], forced=True)
+        branch.grammar.stack.clear()
+        self.finish_path(branch, reason, position)
+
+    def finish_path(self, branch: Branch, reason: str, close_position: int, separator: bool = True) -> None:
+        """Ends a path whose `</Path>` has been written, and reduces its block if it was the last one."""
+        assert branch.path is not None and branch.parent is not None  # noqa: PT018
+        if branch.path.close is None:
+            branch.path.last_position = close_position
+        branch.status, branch.finish_reason = BranchStatus.FINISHED, reason
+        if separator:
+            self.force(branch, self.rules.header.separator)
+        self.merge_if_finished(branch.parent)
+
+    def merge_if_finished(self, branch: Branch) -> None:
+        """Reduce: once all paths have ended the parent goes on with `<Conclusion>`, seeing every one of them."""
+        fork = next(item for item in reversed(branch.items) if isinstance(item, Fork))
+        if not fork.finished:
+            return
+        branch.merge(fork)
+        self._write(branch, self.rules.token_ids["<Conclusion>"], forced=True)
+        branch.grammar.read("<Conclusion>", len(branch.history) - 1)
+
+
+def _to_close(branch: Branch) -> list[OpenTag]:
+    """Open tags that would leave a block open: all of a path's, the root's from its outermost `<Parallel>` on."""
+    stack = branch.grammar.stack
+    if branch.parent is not None:
+        return stack
+    first = next((depth for depth, entry in enumerate(stack) if entry.name == "Parallel"), len(stack))
+    return stack[first:]

@@ -1,0 +1,96 @@
+"""`MultiverseConfig`: a Qwen2, Qwen3 or Llama configuration that also names the control tags."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+
+@strict
+class MultiverseConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Multiverse model: the base architecture's own fields plus the four below.
+
+    This class is the front door: `MultiverseConfig.from_base(config)` and `MultiverseConfig.from_pretrained(...)` give
+    the class of the base architecture (`MultiverseQwen2Config`, `MultiverseQwen3Config`, `MultiverseLlamaConfig`), all
+    of them subclasses of this one.
+
+    Args:
+        multiverse_token_ids (`dict[str, int]`, *optional*):
+            Id of every control tag of `multiverse.TAGS`. Written by `multiverse.add_multiverse_tokens`; while it is
+            `None` the model behaves exactly as its base.
+        multiverse_separator_ids (`list[int]`, *optional*):
+            Tokens that stand between two tags in the training data (one newline in the published data). The decoder
+            forces them around path headers.
+        multiverse_label_ids (`dict[str, int]`, *optional*):
+            Ids of the pieces that outline labels such as `1:` and `2.3:` are written with.
+    """
+
+    model_type = "multiverse"
+
+    multiverse_token_ids: dict[str, int] | None = None
+    multiverse_separator_ids: list[int] | None = None
+    multiverse_label_ids: dict[str, int] | None = None
+
+    @classmethod
+    def from_base(cls, config: PreTrainedConfig) -> "MultiverseConfig":
+        """Turns the configuration of a plain checkpoint into the Multiverse one of the same architecture.
+
+        Raises:
+            ValueError: if the architecture is not supported.
+        """
+        if isinstance(config, MultiverseConfig):
+            return config
+        config_class = CONFIG_CLASSES.get(config.model_type)
+        if config_class is None:
+            raise ValueError(
+                f"`config.model_type` is {config.model_type!r}, which has no Multiverse class. Supported base "
+                f"architectures: {sorted(CONFIG_CLASSES)}."
+            )
+        fields = config.to_dict()
+        for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+            fields.pop(key, None)
+        converted = config_class(**fields)
+        converted._name_or_path = config._name_or_path
+        # `dtype` is how the checkpoint was saved, the attention choice is how the caller wants to run it: keep both.
+        converted._attn_implementation = config._attn_implementation
+        return converted
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As `AutoConfig.from_pretrained`, for plain and Multiverse checkpoints of the supported architectures."""
+        if cls is not MultiverseConfig:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        loaded = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if isinstance(loaded, tuple):
+            return cls.from_base(loaded[0]), loaded[1]
+        return cls.from_base(loaded)
+
+
+@strict
+class MultiverseQwen2Config(MultiverseConfig, Qwen2Config):
+    """`Qwen2Config` plus the fields of [`MultiverseConfig`]."""
+
+    model_type = "multiverse_qwen2"
+
+
+@strict
+class MultiverseQwen3Config(MultiverseConfig, Qwen3Config):
+    """`Qwen3Config` plus the fields of [`MultiverseConfig`]."""
+
+    model_type = "multiverse_qwen3"
+
+
+@strict
+class MultiverseLlamaConfig(MultiverseConfig, LlamaConfig):
+    """`LlamaConfig` plus the fields of [`MultiverseConfig`]."""
+
+    model_type = "multiverse_llama"
+
+
+#: Multiverse configuration class of every supported base `model_type`.
+CONFIG_CLASSES: dict[str, type[MultiverseConfig]] = {
+    "qwen2": MultiverseQwen2Config,
+    "qwen3": MultiverseQwen3Config,
+    "llama": MultiverseLlamaConfig,
+}

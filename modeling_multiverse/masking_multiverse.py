@@ -1,0 +1,230 @@
+"""From token ids to what the backbone's attention needs: positions and a branch-aware causal mask.
+
+Shapes: B batch rows, Q new tokens, S slots (cached and new tokens), R branches.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from .layout import compatible_branches, expand_runs, read_sequence
+from .structure import StructureMachine
+
+#: Attention implementations that the mask of `structured_inputs` is known to be right for.
+SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+
+@dataclass
+class CachedStructure:
+    """What a KV cache must remember so that a continuation knows its branches. Travels as an attribute of the cache.
+
+    Attributes:
+        length (`int`): slots seen so far, equal to the cache's length.
+        next_positions (`torch.Tensor` of shape `(B,)`, *optional*): position after the last slot of every row, while
+            no row holds a block; `None` counts from the slot number.
+        machines (`list[StructureMachine]`, *optional*): one per row, from the first block on.
+        slot_branches (`list[torch.Tensor]`): branch of every slot, chunks of shape `(B, slots)`, -1 for padding.
+        external (`bool`): slots were written under a mask that the caller made, so nothing is known of them.
+    """
+
+    length: int = 0
+    next_positions: torch.Tensor | None = None
+    machines: list[StructureMachine] | None = None
+    slot_branches: list[torch.Tensor] = field(default_factory=list)
+    external: bool = False
+
+    ATTRIBUTE = "multiverse_structure"
+
+    @classmethod
+    def of(cls, cache: Cache | None) -> "CachedStructure":
+        """The structure recorded on `cache`, cut to its present length (`Cache.crop` shortens it unseen)."""
+        length = int(cache.get_seq_length()) if cache is not None else 0
+        state = getattr(cache, cls.ATTRIBUTE, None)
+        if state is None or length == 0:
+            # A cache from elsewhere (prefix tuning): an untagged prefix of that length.
+            return cls(length=length)
+        return state if length == state.length else state.cropped(length)
+
+    def cropped(self, length: int) -> "CachedStructure":
+        """The structure of the first `length` slots."""
+        if length > self.length:
+            raise ValueError(
+                f"`past_key_values` holds {length} slots, the structure recorded with it {self.length}. Continue with "
+                "the cache object that this model returned, or start from an empty one."
+            )
+        removed = self.length - length
+        positions = None if self.next_positions is None else self.next_positions - removed
+        if self.machines is None:
+            return CachedStructure(length=length, next_positions=positions, external=self.external)
+        branches = torch.cat(self.slot_branches, dim=1)[:, :length]
+        real = (branches >= 0).sum(dim=1).tolist()
+        machines = [machine.truncated(count) for machine, count in zip(self.machines, real, strict=True)]
+        return CachedStructure(length, None, machines, [branches], self.external)
+
+    def rows(self, batch_size: int, device: torch.device) -> None:
+        """Makes sure that there is a machine for every row, reading what is cached as an untagged prefix."""
+        if self.machines is None:
+            self.machines = [StructureMachine() for _ in range(batch_size)]
+            positions = [self.length] * batch_size if self.next_positions is None else self.next_positions.tolist()
+            for machine, position in zip(self.machines, positions, strict=True):
+                machine.read_plain(self.length)
+                machine.resume_at(position)
+            self.slot_branches = [torch.zeros(batch_size, self.length, dtype=torch.long, device=device)]
+        elif len(self.machines) != batch_size:
+            raise ValueError(
+                f"`input_ids` has {batch_size} rows, `past_key_values` was filled with {len(self.machines)}. Continue "
+                "with the same rows; reordering the rows of a cache that holds blocks is not supported."
+            )
+
+
+def has_block(input_ids: torch.Tensor, token_ids: Mapping[str, int]) -> bool:
+    """Whether any row opens a block: without `<Parallel>` no other tag means anything."""
+    return bool((input_ids == token_ids["<Parallel>"]).any())
+
+
+def structured_inputs(
+    config,
+    state: CachedStructure,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    document_starts: torch.Tensor | None,
+    past_key_values: Cache | None,
+    dtype: torch.dtype,
+) -> tuple[object, torch.Tensor]:
+    """Reads the new tokens into `state` and returns the attention mask (in the backend's own form) and positions.
+
+    Args:
+        config (`MultiverseConfig`): names the tags and the attention implementation.
+        state (`CachedStructure`): updated in place; a fresh one without a cache.
+        input_ids (`torch.LongTensor` of shape `(B, Q)`): new tokens.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a slot is padding, on either side.
+        position_ids (`torch.LongTensor` of shape `(1 or B, Q)`, *optional*): read for one thing only, the start of
+            packed documents (every 0 in it, when there is neither a mask nor a cache).
+        document_starts (`torch.Tensor`, *optional*): cumulative document lengths (`cu_seq_lens_q`) of a single packed
+            row, used in place of `position_ids`.
+        dtype (`torch.dtype`): of the hidden states, for additive masks.
+
+    Returns:
+        The mask for the backbone and `position_ids` of shape `(B, Q)`. Padding gets position 0 and is never seen.
+    """
+    batch_size, new = input_ids.shape
+    device = input_ids.device
+    state.rows(batch_size, device)
+    real = torch.ones(batch_size, new, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask[:, -new:].bool().cpu()
+    starts = [None] * batch_size
+    if attention_mask is None and state.length == 0:
+        starts = _document_starts(position_ids, document_starts, batch_size, new)
+
+    ids = input_ids.cpu()
+    positions = torch.zeros(batch_size, new, dtype=torch.long)
+    branches = torch.full((batch_size, new), -1, dtype=torch.long)
+    assert state.machines is not None
+    for row, machine in enumerate(state.machines):
+        before = machine.length
+        read_sequence(ids[row][real[row]], config.multiverse_token_ids, starts[row], machine)
+        branches[row, real[row]], positions[row, real[row]] = expand_runs(machine, before)
+    state.slot_branches.append(branches.to(device))
+    state.length += new
+    mask = branch_causal_mask(config, state, input_ids, attention_mask, past_key_values, dtype)
+    return mask, positions.to(device)
+
+
+def branch_causal_mask(
+    config,
+    state: CachedStructure,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    dtype: torch.dtype,
+) -> object:
+    """The causal mask of the new tokens over all slots, with incompatible branches taken out."""
+    device = input_ids.device
+    branches = torch.cat(state.slot_branches, dim=1)
+    # A static cache is longer than what it holds; the causal rule hides the rest, the index must merely exist.
+    slots = past_key_values.get_mask_sizes(input_ids.shape[1], 0)[0] if past_key_values is not None else 0
+    branches = torch.nn.functional.pad(branches, (0, max(0, int(slots) - branches.shape[1])), value=-1).clamp(min=0)
+    assert state.machines is not None
+    tables = [compatible_branches(machine) for machine in state.machines]
+    count = max(table.shape[0] for table in tables)
+    compatible = torch.stack([torch.nn.functional.pad(t, (0, count - t.shape[0]) * 2) for t in tables]).to(device)
+    state.slot_branches = [torch.cat(state.slot_branches, dim=1)]
+    return create_causal_mask(
+        config=config,
+        # Only batch size, length, dtype and device are read off this argument.
+        inputs_embeds=torch.empty((*input_ids.shape, 0), dtype=dtype, device=device),
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        # With positions, transformers would take every reset for the start of a packed document.
+        position_ids=None,
+        and_mask_function=compatible_mask_function(branches, compatible),
+    )
+
+
+def compatible_mask_function(branches: torch.Tensor, compatible: torch.Tensor) -> Callable:
+    """Mask predicate (transformers' `and_mask_function`): may the query's branch see the key's?
+
+    Args:
+        branches (`torch.LongTensor` of shape `(B, S)`): branch of every slot.
+        compatible (`torch.BoolTensor` of shape `(B, R, R)`): branch table of every row.
+    """
+
+    def compatible_branch(batch_idx, head_idx, q_idx, kv_idx):
+        return compatible[batch_idx, branches[batch_idx, q_idx], branches[batch_idx, kv_idx]]
+
+    return compatible_branch
+
+
+def explicit_mask(config, attention_mask: torch.Tensor, dtype: torch.dtype) -> object:
+    """Brings a caller's 4D mask into the form that the attention implementation really honours.
+
+    A bool mask of shape `(B, 1, Q, S)` (True = may attend) is right on every supported backend after this; passed on
+    as it is, eager attention would add 0 and 1 to the scores and leak without a word. Additive float masks are handed
+    through.
+    """
+    if attention_mask.dtype != torch.bool:
+        return attention_mask
+    implementation = config._attn_implementation
+    if implementation == "sdpa":
+        return attention_mask
+    if implementation in ("eager", None):
+        zero = torch.zeros((), dtype=dtype, device=attention_mask.device)
+        return torch.where(attention_mask, zero, torch.finfo(dtype).min)
+    if implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        batch_size, _, queries, slots = attention_mask.shape
+        return create_block_mask(
+            lambda b, h, q, kv: attention_mask[b, 0, q, kv],
+            B=batch_size,
+            H=None,
+            Q_LEN=queries,
+            KV_LEN=slots,
+            device=str(attention_mask.device),
+        )
+    raise ValueError(unsupported_attention_message(implementation))
+
+
+def unsupported_attention_message(implementation: str | None) -> str:
+    """Says which attention implementations can express Multiverse Attention."""
+    return (
+        f"`attn_implementation` is {implementation!r}, which cannot express branch visibility. Use one of "
+        f"{SUPPORTED_ATTENTION}, for example `model.set_attn_implementation('sdpa')`."
+    )
+
+
+def _document_starts(
+    position_ids: torch.Tensor | None, cumulative: torch.Tensor | None, batch_size: int, length: int
+) -> list:
+    """Indices of the document starts of every row, `None` for rows that hold a single document."""
+    if cumulative is not None and batch_size == 1:
+        return [[start for start in cumulative.tolist() if start < length]]
+    if position_ids is None:
+        return [None] * batch_size
+    rows = position_ids.cpu().expand(batch_size, -1)
+    return [(row == 0).nonzero().flatten().tolist() for row in rows]

@@ -1,0 +1,284 @@
+"""`MultiverseForCausalLM`: Qwen2, Qwen3 and Llama with Multiverse Attention.
+
+Only the difference from the parent classes stands here. Weights keep their names and their layout, so every plain
+checkpoint of the three architectures loads as it is, and untagged text gives exactly what the base model gives.
+
+Structure is built in the backbone rather than in `MultiverseForCausalLM.forward`: TRL's fused LM head calls the
+backbone by itself and would walk past anything the causal-LM class adds.
+"""
+
+from typing import Any
+
+import torch
+from multiverse.generation.mixin import MultiverseGenerationMixin
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from .configuration_multiverse import (
+    MultiverseConfig,
+    MultiverseLlamaConfig,
+    MultiverseQwen2Config,
+    MultiverseQwen3Config,
+)
+from .masking_multiverse import (
+    SUPPORTED_ATTENTION,
+    CachedStructure,
+    explicit_mask,
+    has_block,
+    structured_inputs,
+    unsupported_attention_message,
+)
+
+
+class MultiverseModelMixin:
+    """Gives a decoder backbone its branch-aware mask and positions, from `input_ids` alone.
+
+    - A batch without a block runs the parent's forward untouched: same cost, same numbers.
+    - With a block, mask and positions follow the layout contract, for padded, packed and cached input.
+    - A 4D `attention_mask` takes precedence: the caller then gives `position_ids` too.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        state = None
+        if input_ids is not None and self.config.multiverse_token_ids:
+            state = CachedStructure.of(past_key_values)
+            attention_mask, position_ids = self._apply_structure(
+                state, input_ids, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
+            )
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if state is not None:
+            # A cache that the parent made itself is found in its output (a tuple under `return_dict=False`).
+            candidates = outputs if isinstance(outputs, tuple) else outputs.values()
+            for cache in (past_key_values, *candidates):
+                if isinstance(cache, Cache):
+                    setattr(cache, CachedStructure.ATTRIBUTE, state)
+        return outputs
+
+    def _apply_structure(
+        self,
+        state: CachedStructure,
+        input_ids: torch.LongTensor,
+        attention_mask: Any,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        cumulative_lengths: torch.Tensor | None,
+    ) -> tuple[Any, torch.LongTensor | None]:
+        """Returns the mask and positions for the parent's forward and records the new tokens in `state`."""
+        tagged = state.machines is not None or has_block(input_ids, self.config.multiverse_token_ids)
+        rank = attention_mask.dim() if isinstance(attention_mask, torch.Tensor) else 4
+        if attention_mask is not None and rank != 2:
+            if rank != 4:
+                raise ValueError(
+                    f"`attention_mask` must have 2 dimensions (batch, length) or 4 (batch, 1, queries, slots), got "
+                    f"shape {tuple(attention_mask.shape)}."
+                )
+            if tagged and position_ids is None:
+                raise ValueError(
+                    "`position_ids` is None next to a 4D `attention_mask` on tagged text. Pass both, for example from "
+                    "`BranchLayout.from_token_ids`, or neither and let the model build them."
+                )
+            state.external, state.length = True, state.length + input_ids.shape[1]
+            if isinstance(attention_mask, torch.Tensor):
+                attention_mask = explicit_mask(self.config, attention_mask, self.dtype)
+            return attention_mask, position_ids
+        if tagged and state.external:
+            raise ValueError(
+                "`past_key_values` was filled under a 4D `attention_mask`, so its branches are unknown. Pass a 4D "
+                "`attention_mask` and `position_ids` again, or start from an empty cache."
+            )
+        if not tagged:
+            state.length += input_ids.shape[1]
+            state.next_positions = None
+            if position_ids is not None:
+                state.next_positions = position_ids[:, -1].expand(input_ids.shape[0]) + 1
+            return attention_mask, position_ids
+        if self.config._attn_implementation not in SUPPORTED_ATTENTION:
+            raise ValueError(unsupported_attention_message(self.config._attn_implementation))
+        if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
+            raise ValueError(
+                "`config.layer_types` holds sliding-window layers, which Multiverse Attention does not define. Load "
+                "the model with `use_sliding_window=False`."
+            )
+        return structured_inputs(
+            self.config,
+            state,
+            input_ids,
+            attention_mask,
+            position_ids,
+            cumulative_lengths,
+            past_key_values,
+            self.dtype,
+        )
+
+
+class MultiverseForCausalLM(MultiverseGenerationMixin):
+    """Front door and common parent of all Multiverse causal language models.
+
+    `MultiverseForCausalLM.from_pretrained(path)` takes a plain Qwen2, Qwen3 or Llama checkpoint or a Multiverse one,
+    and `MultiverseForCausalLM(config)` builds one with new weights; both give the class of the base architecture.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoTokenizer
+    >>> from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+    >>> model = MultiverseForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+    >>> tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+    >>> add_multiverse_tokens(model, tokenizer)
+    ```
+    """
+
+    def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> "MultiverseForCausalLM":
+        if cls is MultiverseForCausalLM:
+            cls = _model_class(MultiverseConfig.from_base(_checked_config(config)))
+        return super().__new__(cls)
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        config = MultiverseConfig.from_base(_checked_config(config))
+        # What the three parents' constructors do, with our backbone in the place of theirs: calling them first would
+        # allocate every weight twice, and swapping the class of a built backbone loses its output recorders.
+        PreTrainedModel.__init__(self, config)
+        self.model = self._backbone_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`, for plain and Multiverse checkpoints alike.
+
+        Raises:
+            ValueError: if the checkpoint's architecture has no Multiverse class.
+        """
+        config = kwargs.pop("config", None)
+        if not isinstance(config, PreTrainedConfig):
+            passed = {name: kwargs[name] for name in _CONFIG_ARGUMENTS if name in kwargs}
+            config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **passed)
+        config = MultiverseConfig.from_base(config)
+        model_class = _model_class(config)
+        if cls is MultiverseForCausalLM:
+            return model_class.from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        if cls is not model_class and not issubclass(cls, model_class):
+            raise ValueError(
+                f"`pretrained_model_name_or_path` is a {config.model_type} checkpoint, which {cls.__name__} cannot "
+                "hold. Use `MultiverseForCausalLM.from_pretrained`, which picks the class."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+
+#: `from_pretrained` arguments that say where the configuration is to be found.
+_CONFIG_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "gguf_file",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+class MultiverseQwen2Model(MultiverseModelMixin, Qwen2Model):
+    """Qwen2 backbone with Multiverse Attention."""
+
+    config_class = MultiverseQwen2Config
+
+
+class MultiverseQwen3Model(MultiverseModelMixin, Qwen3Model):
+    """Qwen3 backbone with Multiverse Attention."""
+
+    config_class = MultiverseQwen3Config
+
+
+class MultiverseLlamaModel(MultiverseModelMixin, LlamaModel):
+    """Llama backbone with Multiverse Attention."""
+
+    config_class = MultiverseLlamaConfig
+
+
+class MultiverseQwen2ForCausalLM(MultiverseForCausalLM, Qwen2ForCausalLM):
+    """Qwen2 (and Qwen2.5) as a Multiverse model."""
+
+    config_class = MultiverseQwen2Config
+    _backbone_class = MultiverseQwen2Model
+
+
+class MultiverseQwen3ForCausalLM(MultiverseForCausalLM, Qwen3ForCausalLM):
+    """Qwen3 as a Multiverse model."""
+
+    config_class = MultiverseQwen3Config
+    _backbone_class = MultiverseQwen3Model
+
+
+class MultiverseLlamaForCausalLM(MultiverseForCausalLM, LlamaForCausalLM):
+    """Llama as a Multiverse model."""
+
+    config_class = MultiverseLlamaConfig
+    _backbone_class = MultiverseLlamaModel
+
+
+#: Configuration class, backbone and causal LM of every supported architecture.
+ARCHITECTURES: tuple[tuple[type[MultiverseConfig], type, type[MultiverseForCausalLM]], ...] = (
+    (MultiverseQwen2Config, MultiverseQwen2Model, MultiverseQwen2ForCausalLM),
+    (MultiverseQwen3Config, MultiverseQwen3Model, MultiverseQwen3ForCausalLM),
+    (MultiverseLlamaConfig, MultiverseLlamaModel, MultiverseLlamaForCausalLM),
+)
+
+
+def _model_class(config: MultiverseConfig) -> type[MultiverseForCausalLM]:
+    # By model type, not by class: a configuration that came through remote code has a class of its own.
+    for config_class, _, model_class in ARCHITECTURES:
+        if config.model_type == config_class.model_type:
+            return model_class
+    supported = [config_class.model_type for config_class, _, _ in ARCHITECTURES]
+    raise ValueError(f"`config.model_type` is {config.model_type!r}; supported are {supported}.")
+
+
+def _checked_config(config: Any) -> PreTrainedConfig:
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(
+            f"`config` must be a transformers configuration, got {type(config).__name__}. To load a checkpoint use "
+            "`MultiverseForCausalLM.from_pretrained(path)`."
+        )
+    return config
+
+
+def register_auto_classes() -> None:
+    """Makes AutoConfig, AutoModel and AutoModelForCausalLM know the three architectures."""
+    for config_class, backbone_class, model_class in ARCHITECTURES:
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, backbone_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

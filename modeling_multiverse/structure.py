@@ -1,0 +1,208 @@
+"""Blocks, paths and the one state machine that turns a token stream into branches and positions.
+
+Everything that needs structure (mask, positions, training labels, decoding) goes through `StructureMachine`, so the
+rules of the layout contract are written down here and nowhere else. The machine reads tags only; the tokens between
+two tags are taken in one step, which keeps a 32K-token sample at a few hundred Python steps.
+
+Source: arXiv 2506.09991, section 4.1 (Multiverse Attention), with the separator after `</Path>` kept inside its path.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Path:
+    """One `<Path>` of a block: a branch of its own.
+
+    Attributes:
+        branch (`int`): branch id of the path's tokens.
+        start (`int`): linear index of `<Path>`.
+        close (`int`, *optional*): linear index of `</Path>`.
+        end (`int`, *optional*): exclusive linear end of the branch (the separator after `</Path>` included); `None`
+            while the path is the one being read.
+        last_position (`int`): position of `</Path>`, or of the last token so far while there is none.
+        blocks (`list[Block]`): blocks nested in this path, in order.
+    """
+
+    branch: int
+    start: int
+    close: int | None = None
+    end: int | None = None
+    last_position: int = -1
+    blocks: list["Block"] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Block:
+    """One `<Parallel>` block (Map, Process, Reduce).
+
+    Attributes:
+        branch (`int`): branch that holds `<Parallel>`, the parent of every path.
+        start (`int`): linear index of `<Parallel>`.
+        goal_close (`int`, *optional*): linear index of the first `</Goal>` before any path.
+        goal_position (`int`, *optional*): position of that `</Goal>`.
+        path_position (`int`, *optional*): position shared by the first token of every path.
+        outlines (`list[int]`): linear index of every `<Outline>` read before the goal closed.
+        paths (`list[Path]`): in linear order.
+        conclusion (`int`, *optional*): linear index of `<Conclusion>`.
+        end (`int`, *optional*): exclusive linear end, after `</Parallel>`; `None` for a block that is still open.
+        in_path (`bool`): whether the last path of `paths` is the branch being read.
+    """
+
+    branch: int
+    start: int
+    goal_close: int | None = None
+    goal_position: int | None = None
+    path_position: int | None = None
+    outlines: list[int] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    conclusion: int | None = None
+    end: int | None = None
+    in_path: bool = False
+
+    def open_paths_at(self, parent_next_position: int) -> int:
+        """Fixes and returns the position of the first token of every path: position(`</Goal>`) + 1, or the parent's
+        next position for a block that has no goal."""
+        if self.path_position is None:
+            has_goal = self.goal_position is not None
+            self.path_position = self.goal_position + 1 if has_goal else parent_next_position
+        return self.path_position
+
+    def reduce_position(self) -> int:
+        """Position at which the parent goes on: one past the longest path, whatever separators follow the paths."""
+        return max(path.last_position for path in self.paths) + 1
+
+
+class StructureMachine:
+    """Reads a token stream in linear order and knows, at every token, its branch and position.
+
+    The branch and position of a token depend on the tokens before it alone (prefix consistency), and every stream is
+    accepted: a tag that means nothing where it stands is an ordinary token.
+
+    Attributes:
+        length (`int`): tokens read so far.
+        branch (`int`): branch of the last token.
+        next_position (`int`): position the next plain token gets.
+        open_blocks (`list[Block]`): blocks around the next token, outermost first.
+        blocks (`list[Block]`): outermost blocks of the stream, nested ones hang below their paths.
+        parents (`list[int]`): parent of every branch, -1 for the root branch of each document.
+        sibling_starts (`list[int]`): for every branch the first branch id of its block; branches from there up to
+            its own id (exclusive) are exactly the ones its earlier siblings hold.
+        runs (`list[tuple[int, int, int]]`): `(first index, branch, first position)` of every stretch of tokens that
+            shares a branch and counts up by one.
+        events (`list[tuple[int, str]]`): index and name of every tag, document starts as `(index, "")`.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.branch = -1
+        self.next_position = 0
+        self.open_blocks: list[Block] = []
+        self.blocks: list[Block] = []
+        self.parents: list[int] = []
+        self.sibling_starts: list[int] = []
+        self.runs: list[tuple[int, int, int]] = []
+        self.events: list[tuple[int, str]] = []
+        self.start_document()
+
+    def start_document(self) -> None:
+        """Begins a packed document: position 0, a new root branch, nothing of what came before in sight."""
+        if self.length or not self.parents:
+            self.events.append((self.length, ""))
+            if self.runs and self.runs[-1][0] == self.length:
+                self.runs.pop()
+            self._close_paths()
+            self.open_blocks = []
+            root = self._new_branch(parent=-1, sibling_start=len(self.parents))
+            self._move_to(root, 0)
+
+    def read_plain(self, count: int) -> None:
+        """Reads `count` tokens that are no tags."""
+        self.length += count
+        self.next_position += count
+
+    def resume_at(self, position: int) -> None:
+        """Lets the current branch go on at `position` (tokens whose positions were given from outside)."""
+        if position != self.next_position:
+            self._move_to(self.branch, position)
+
+    def read_tag(self, tag: str) -> None:
+        """Reads one tag, moving to another branch first where the tag says so."""
+        block = self.open_blocks[-1] if self.open_blocks else None
+        index = self.length
+        self.events.append((index, tag))
+        if tag == "<Parallel>":
+            self._open_block(Block(branch=self.branch, start=index))
+        elif block is not None:
+            if tag == "<Path>":
+                self._open_path(block)
+            elif tag == "<Conclusion>":
+                self._reduce(block)
+                block.conclusion = index if block.conclusion is None else block.conclusion
+            elif tag == "</Parallel>":
+                self._reduce(block)
+                block.end = index + 1
+                self.open_blocks.pop()
+            elif tag == "</Path>" and block.in_path and block.paths[-1].close is None:
+                block.paths[-1].close = index
+                block.paths[-1].last_position = self.next_position
+            elif tag == "<Outline>" and block.goal_close is None and not block.paths:
+                block.outlines.append(index)
+            elif tag == "</Goal>" and block.goal_close is None and not block.paths:
+                block.goal_close = index
+                block.goal_position = self.next_position
+        self.read_plain(1)
+
+    def truncated(self, length: int) -> "StructureMachine":
+        """Returns the machine as it was after the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"`length` must lie between 0 and the {self.length} tokens read, got {length}.")
+        replay = StructureMachine()
+        for index, tag in [event for event in self.events if event[0] < length]:
+            replay.read_plain(index - replay.length)
+            if tag:
+                replay.read_tag(tag)
+            else:
+                replay.start_document()
+        replay.read_plain(length - replay.length)
+        return replay
+
+    def _new_branch(self, parent: int, sibling_start: int) -> int:
+        self.parents.append(parent)
+        self.sibling_starts.append(sibling_start)
+        return len(self.parents) - 1
+
+    def _move_to(self, branch: int, position: int) -> None:
+        self.branch, self.next_position = branch, position
+        self.runs.append((self.length, branch, position))
+
+    def _open_block(self, block: Block) -> None:
+        around = self.open_blocks[-1] if self.open_blocks else None
+        (around.paths[-1].blocks if around is not None and around.in_path else self.blocks).append(block)
+        self.open_blocks.append(block)
+
+    def _open_path(self, block: Block) -> None:
+        position = block.open_paths_at(self.next_position)
+        self._close_path(block)
+        sibling_start = block.paths[0].branch if block.paths else len(self.parents)
+        branch = self._new_branch(block.branch, sibling_start)
+        block.paths.append(Path(branch=branch, start=self.length))
+        block.in_path = True
+        self._move_to(branch, position)
+
+    def _close_path(self, block: Block) -> None:
+        if block.in_path:
+            path = block.paths[-1]
+            path.end = self.length
+            if path.close is None:
+                path.last_position = self.next_position - 1
+            block.in_path = False
+
+    def _close_paths(self) -> None:
+        for block in reversed(self.open_blocks):
+            self._close_path(block)
+
+    def _reduce(self, block: Block) -> None:
+        if block.in_path:
+            self._close_path(block)
+            self._move_to(block.branch, block.reduce_position())

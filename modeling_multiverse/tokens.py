@@ -1,0 +1,75 @@
+"""Gives a model and its tokenizer the twelve tags."""
+
+import torch
+from torch import nn
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+
+from .tags import TAGS
+
+#: What outline labels (`1:`, `2.3:`) are written with; those that are one token each are recorded.
+LABEL_PIECES: tuple[str, ...] = (".", ":", *(str(number) for number in range(100)))
+
+
+def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Adds the missing control tags as single tokens and tells the model's configuration about all of them.
+
+    A new row (of the input embedding and, when it is a matrix of its own, of the output head) starts from the mean
+    of the rows of the tag's word: `<Path>` from "Path", `</Path>` from "/Path", so that opening and closing tags
+    differ. Rows of tags that the tokenizer already has stay as they are, which makes the call idempotent and right for
+    checkpoints that come with tags. Tags are added as ordinary (not special) tokens: a decoded answer shows its
+    structure, also with `skip_special_tokens=True`.
+
+    Args:
+        model (`PreTrainedModel`): changed in place: embeddings, `config.vocab_size`, `config.multiverse_token_ids`,
+            `config.multiverse_separator_ids`, `config.multiverse_label_ids`.
+        tokenizer (`PreTrainedTokenizerBase`): changed in place.
+
+    Returns:
+        `dict[str, int]`: id of every tag.
+
+    Raises:
+        ValueError: if the model has no input embeddings, or the tokenizer splits a tag it claims to know.
+    """
+    embeddings = model.get_input_embeddings()
+    if embeddings is None or not hasattr(embeddings, "weight"):
+        raise ValueError(f"`model` ({type(model).__name__}) has no input embeddings to grow. Pass a causal LM.")
+    known = tokenizer.get_vocab()
+    missing = [tag for tag in TAGS if tag not in known]
+    # Read before the tags exist: afterwards "Path" could be split differently around them.
+    pieces = {tag: _word_ids(tokenizer, tag) for tag in missing}
+    if missing:
+        tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in missing])
+    token_ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in TAGS}
+    for tag, token_id in token_ids.items():
+        if tokenizer.encode(tag, add_special_tokens=False) != [token_id]:
+            raise ValueError(f"`tokenizer` does not encode {tag} as one token. Use a tokenizer with added tokens.")
+
+    rows = max(token_ids.values()) + 1
+    if rows > embeddings.weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for weight in _token_matrices(model):
+            for tag in missing:
+                weight[token_ids[tag]] = weight[pieces[tag]].mean(dim=0)
+
+    model.config.multiverse_token_ids = token_ids
+    model.config.multiverse_separator_ids = tokenizer.encode("\n", add_special_tokens=False)
+    encoded = {piece: tokenizer.encode(piece, add_special_tokens=False) for piece in LABEL_PIECES}
+    model.config.multiverse_label_ids = {piece: ids[0] for piece, ids in encoded.items() if len(ids) == 1}
+    return token_ids
+
+
+def _word_ids(tokenizer: PreTrainedTokenizerBase, tag: str) -> list[int]:
+    return tokenizer.encode(tag.strip("<>"), add_special_tokens=False)
+
+
+def _token_matrices(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The matrices that hold one row per token: one for tied weights, two otherwise (and an output bias)."""
+    inputs = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    matrices = [inputs]
+    if isinstance(head, nn.Module) and head.weight.data_ptr() != inputs.data_ptr():
+        matrices.append(head.weight)
+        if getattr(head, "bias", None) is not None:
+            matrices.append(head.bias)
+    return matrices

@@ -1,0 +1,160 @@
+"""Fine-tunes a Qwen2, Qwen3 or Llama checkpoint into a Multiverse model with TRL's stock `SFTTrainer`.
+
+Every option of `SFTConfig`, `ModelConfig` and `ScriptArguments` works as in TRL's own script, a YAML file can hold
+them (`--config`), and `accelerate launch` or `torchrun` starts it on many devices. What is added: the tags, the tag
+rows of LoRA, and the masking of forced tokens.
+
+```bash
+# LoRA on the project's synthetic problems
+python -m multiverse.trainer.sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --use_peft \\
+    --synthetic_samples 2000 --output_dir runs/qwen-multiverse
+
+# any conversational dataset whose answers carry the tags
+python -m multiverse.trainer.sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \\
+    --dataset_name you/your-multiverse-data --output_dir runs/qwen-multiverse
+```
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+from multiverse.trainer.labels import mask_forced_labels
+from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
+from multiverse.trainer.synthetic import ProblemOptions, train_and_test
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+
+
+@dataclass
+class MultiverseScriptArguments(ScriptArguments):
+    """TRL's script arguments and what a Multiverse run adds to them."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or local path of the dataset."})
+    synthetic_samples: int = field(
+        default=0, metadata={"help": "Train on this many generated problems instead of a dataset."}
+    )
+    synthetic_form: str = field(
+        default="parallel", metadata={"help": "Form of the generated answers.", "choices": ["parallel", "sequential"]}
+    )
+    synthetic_terms: list[int] = field(
+        default_factory=lambda: [3, 11], metadata={"help": "Fewest and most terms of a chain in training problems."}
+    )
+    synthetic_test_samples: int = field(
+        default=256, metadata={"help": "Held-out problems; no training problem is one of them."}
+    )
+    mask_forced_tokens: bool = field(
+        default=True, metadata={"help": "Leave the tokens that the decoder forces out of the loss."}
+    )
+
+
+def load_model_and_tokenizer(
+    path: str, **model_arguments: Any
+) -> tuple[MultiverseForCausalLM, PreTrainedTokenizerBase]:
+    """Loads a plain or Multiverse checkpoint with its tokenizer and makes sure that both know the tags.
+
+    Args:
+        path (`str`): Hub id or folder.
+        model_arguments: passed to `MultiverseForCausalLM.from_pretrained`.
+    """
+    model = MultiverseForCausalLM.from_pretrained(path, **model_arguments)
+    shared = {name: model_arguments[name] for name in ("revision", "token", "subfolder") if name in model_arguments}
+    tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+    add_multiverse_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def load_data(arguments: MultiverseScriptArguments, seed: int) -> DatasetDict:
+    """The dataset of the run, with its train and test splits.
+
+    Raises:
+        ValueError: unless exactly one of `dataset_name` and `synthetic_samples` is given.
+    """
+    if (arguments.dataset_name is None) == (arguments.synthetic_samples <= 0):
+        raise ValueError(
+            f"Give either `dataset_name` (got {arguments.dataset_name!r}) or a positive `synthetic_samples` (got "
+            f"{arguments.synthetic_samples})."
+        )
+    if arguments.dataset_name is not None:
+        loaded = load_dataset(arguments.dataset_name, name=arguments.dataset_config)
+        return loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
+    splits = train_and_test(
+        arguments.synthetic_samples,
+        arguments.synthetic_test_samples,
+        seed,
+        ProblemOptions(terms=tuple(arguments.synthetic_terms)),
+    )
+    names = (arguments.dataset_train_split, arguments.dataset_test_split)
+    return DatasetDict(
+        {
+            name: Dataset.from_list([problem.messages(arguments.synthetic_form) for problem in problems])
+            for name, problems in zip(names, splits, strict=True)
+        }
+    )
+
+
+def build_trainer(
+    model: MultiverseForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: DatasetDict,
+    script: MultiverseScriptArguments,
+    config: SFTConfig,
+    model_config: ModelConfig,
+    callbacks: list[TrainerCallback] | None = None,
+) -> SFTTrainer:
+    """A stock `SFTTrainer` for `model`, ready to train."""
+    peft_config = get_peft_config(model_config)
+    if peft_config is not None:
+        add_tag_rows(peft_config, model)
+    evaluated = config.eval_strategy != "no"
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if evaluated else None,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+    give_wrapped_head_its_bias(model)
+    if script.mask_forced_tokens:
+        trainer.train_dataset = mask_forced_labels(trainer.train_dataset, model.config, config.dataset_num_proc)
+        if evaluated:
+            trainer.eval_dataset = mask_forced_labels(trainer.eval_dataset, model.config, config.dataset_num_proc)
+    return trainer
+
+
+def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: ModelConfig) -> SFTTrainer:
+    """Trains and saves; the checkpoint reloads with `MultiverseForCausalLM.from_pretrained` (or PEFT, for LoRA)."""
+    dataset = load_data(script, config.seed)
+    arguments = {
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+        "quantization_config": get_quantization_config(model_config),
+    }
+    model, tokenizer = load_model_and_tokenizer(
+        model_config.model_name_or_path, **{name: value for name, value in arguments.items() if value is not None}
+    )
+    trainer = build_trainer(model, tokenizer, dataset, script, config, model_config)
+    resume = config.resume_from_checkpoint
+    # On the command line it is a string: "true" stands for the newest checkpoint in `output_dir`.
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model(config.output_dir)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+if __name__ == "__main__":
+    parser = TrlParser((MultiverseScriptArguments, SFTConfig, ModelConfig))
+    main(*parser.parse_args_and_config())

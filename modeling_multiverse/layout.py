@@ -3,6 +3,7 @@
 Shapes: N tokens, R branches (one root per document, one per path).
 """
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,7 +135,7 @@ def read_sequence(
     if ids.is_floating_point() and ids.numel():
         raise ValueError(f"`input_ids` must hold integers, got {ids.dtype}.")
     length = ids.shape[0]
-    starts = sorted({int(start) for start in document_starts}) if document_starts is not None else []
+    starts = sorted({operator.index(start) for start in document_starts}) if document_starts is not None else []
     if starts and not 0 <= starts[0] <= starts[-1] < max(length, 1):
         raise ValueError(f"`document_starts` must lie in [0, {length}), got {starts[0]} to {starts[-1]}.")
 
@@ -170,16 +171,16 @@ def expand_runs(machine: StructureMachine, start: int = 0) -> tuple[torch.Tensor
 def compatible_branches(machine: StructureMachine) -> torch.Tensor:
     """Bool table `(R, R)` of branch compatibility.
 
-    Branch ids are given in linear order, so the branches under a path's earlier siblings are one stretch of ids: a new
-    branch sees what its parent sees, less that stretch, and itself.
+    A new branch sees what its parent sees, less the branches that its earlier siblings hold, and itself.
     """
     count = len(machine.parents)
     table = torch.zeros(count, count, dtype=torch.bool)
     rows = table.numpy()
-    for branch, (parent, sibling_start) in enumerate(zip(machine.parents, machine.sibling_starts, strict=True)):
+    for branch, (parent, siblings) in enumerate(zip(machine.parents, machine.sibling_branches, strict=True)):
         if parent >= 0:
             rows[branch, :branch] = rows[parent, :branch]
-            rows[branch, sibling_start:branch] = False
+            for first, end in siblings:
+                rows[branch, first:end] = False
         rows[branch, branch] = True
         # Symmetric as it grows: the parent's row must know the branches that came after it.
         rows[:branch, branch] = rows[branch, :branch]

@@ -20,7 +20,8 @@ class Path:
         close (`int`, *optional*): linear index of `</Path>`.
         end (`int`, *optional*): exclusive linear end of the branch (the separator after `</Path>` included); `None`
             while the path is the one being read.
-        last_position (`int`): position of `</Path>`, or of the last token so far while there is none.
+        last_position (`int`): position of `</Path>`, or of the last token of a path that ended without one; -1 while
+            neither is known.
         blocks (`list[Block]`): blocks nested in this path, in order.
     """
 
@@ -47,6 +48,8 @@ class Block:
         conclusion (`int`, *optional*): linear index of `<Conclusion>`.
         end (`int`, *optional*): exclusive linear end, after `</Parallel>`; `None` for a block that is still open.
         in_path (`bool`): whether the last path of `paths` is the branch being read.
+        path_branches (`list[tuple[int, int]]`): ranges of branch ids that its finished paths hold, nested ones
+            included; one range unless the block is malformed.
     """
 
     branch: int
@@ -59,6 +62,7 @@ class Block:
     conclusion: int | None = None
     end: int | None = None
     in_path: bool = False
+    path_branches: list[tuple[int, int]] = field(default_factory=list)
 
     def open_paths_at(self, parent_next_position: int) -> int:
         """Fixes and returns the position of the first token of every path: position(`</Goal>`) + 1, or the parent's
@@ -86,8 +90,8 @@ class StructureMachine:
         open_blocks (`list[Block]`): blocks around the next token, outermost first.
         blocks (`list[Block]`): outermost blocks of the stream, nested ones hang below their paths.
         parents (`list[int]`): parent of every branch, -1 for the root branch of each document.
-        sibling_starts (`list[int]`): for every branch the first branch id of its block; branches from there up to
-            its own id (exclusive) are exactly the ones its earlier siblings hold.
+        sibling_branches (`list[tuple[tuple[int, int], ...]]`): for every branch the ranges of branch ids that its
+            earlier siblings hold, themselves and all below them.
         runs (`list[tuple[int, int, int]]`): `(first index, branch, first position)` of every stretch of tokens that
             shares a branch and counts up by one.
         events (`list[tuple[int, str]]`): index and name of every tag, document starts as `(index, "")`.
@@ -100,21 +104,20 @@ class StructureMachine:
         self.open_blocks: list[Block] = []
         self.blocks: list[Block] = []
         self.parents: list[int] = []
-        self.sibling_starts: list[int] = []
+        self.sibling_branches: list[tuple[tuple[int, int], ...]] = []
         self.runs: list[tuple[int, int, int]] = []
         self.events: list[tuple[int, str]] = []
         self.start_document()
 
     def start_document(self) -> None:
         """Begins a packed document: position 0, a new root branch, nothing of what came before in sight."""
-        if self.length or not self.parents:
-            self.events.append((self.length, ""))
-            if self.runs and self.runs[-1][0] == self.length:
-                self.runs.pop()
-            self._close_paths()
-            self.open_blocks = []
-            root = self._new_branch(parent=-1, sibling_start=len(self.parents))
-            self._move_to(root, 0)
+        if self.events and self.events[-1] == (self.length, ""):
+            return
+        self.events.append((self.length, ""))
+        for block in reversed(self.open_blocks):
+            self._close_path(block)
+        self.open_blocks = []
+        self._move_to(self._new_branch(parent=-1), 0)
 
     def read_plain(self, count: int) -> None:
         """Reads `count` tokens that are no tags."""
@@ -167,9 +170,9 @@ class StructureMachine:
         replay.read_plain(length - replay.length)
         return replay
 
-    def _new_branch(self, parent: int, sibling_start: int) -> int:
+    def _new_branch(self, parent: int, siblings: tuple[tuple[int, int], ...] = ()) -> int:
         self.parents.append(parent)
-        self.sibling_starts.append(sibling_start)
+        self.sibling_branches.append(siblings)
         return len(self.parents) - 1
 
     def _move_to(self, branch: int, position: int) -> None:
@@ -177,15 +180,14 @@ class StructureMachine:
         self.runs.append((self.length, branch, position))
 
     def _open_block(self, block: Block) -> None:
-        around = self.open_blocks[-1] if self.open_blocks else None
-        (around.paths[-1].blocks if around is not None and around.in_path else self.blocks).append(block)
+        around = next((each for each in reversed(self.open_blocks) if each.in_path), None)
+        (self.blocks if around is None else around.paths[-1].blocks).append(block)
         self.open_blocks.append(block)
 
     def _open_path(self, block: Block) -> None:
         position = block.open_paths_at(self.next_position)
         self._close_path(block)
-        sibling_start = block.paths[0].branch if block.paths else len(self.parents)
-        branch = self._new_branch(block.branch, sibling_start)
+        branch = self._new_branch(block.branch, tuple(block.path_branches))
         block.paths.append(Path(branch=branch, start=self.length))
         block.in_path = True
         self._move_to(branch, position)
@@ -196,11 +198,11 @@ class StructureMachine:
             path.end = self.length
             if path.close is None:
                 path.last_position = self.next_position - 1
+            first, ranges = path.branch, block.path_branches
+            if ranges and ranges[-1][1] == first:
+                first = ranges.pop()[0]
+            ranges.append((first, len(self.parents)))
             block.in_path = False
-
-    def _close_paths(self) -> None:
-        for block in reversed(self.open_blocks):
-            self._close_path(block)
 
     def _reduce(self, block: Block) -> None:
         if block.in_path:

@@ -3,14 +3,8 @@
 PYTHON ?= python3
 ARGS ?=
 
-# mypy gets the folders that hold Python files (one that holds none would be an error) and names modules after their
-# path from the root: the folders have no __init__.py, and two files of one name would else be one module to it.
-FOLDERS := modeling_multiverse generation trainer kernels hub_card
-SOURCES := $(sort $(dir $(wildcard $(addsuffix /*.py,$(FOLDERS)))))
-MYPY := .venv/bin/mypy --explicit-package-bases $(SOURCES)
-
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint mypy train-demo clean
+.PHONY: help venv demo test lint train-demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -35,10 +29,7 @@ test: venv ## run the tests
 lint: venv ## check style, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(MYPY)
-
-mypy: venv ## check types only
-	$(MYPY)
+	.venv/bin/mypy
 
 # They keep glibc from giving the big buffers back to the kernel at every step.
 train-demo: export MALLOC_MMAP_THRESHOLD_ = 100000000000
@@ -48,7 +39,8 @@ train-demo: venv ## train both arms of the demo and evaluate them (options of th
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_parallel.yaml
 	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_sequential.yaml
-	.venv/bin/python -m multiverse.hub_card.evaluate $(ARGS)
+	.venv/bin/python -m multiverse.hub_card.evaluate --parallel runs/smollm2-parallel \
+		--sequential runs/smollm2-sequential $(ARGS)
 
 # .cache and runs stay: they hold the base model and the trained weights, which take long to make again.
 clean: ## remove .venv and build products (.cache and runs stay)

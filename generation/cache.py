@@ -34,6 +34,7 @@ class GrowingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
+        assert self.keys is not None and self.values is not None  # noqa: PT018
         if end > self.capacity:
             self.capacity = max(end, 2 * self.capacity)
             self.keys = self._grown(self.keys)

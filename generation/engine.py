@@ -93,7 +93,7 @@ class Engine:
             scores[row, request.banned_tokens(branch)] = -torch.inf
             if self.logits_processor:
                 history = torch.tensor([branch.history], device=scores.device)
-                scores[row] = self.logits_processor(history, scores[row][None])[0]
+                scores[row] = self.logits_processor(history, scores[row][None])[0]  # type: ignore[arg-type]
         if self.do_sample:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0].tolist()
         else:

@@ -49,7 +49,7 @@ class ModelStep:
         return self._forward(ids, layout.position_ids[None].to(device), mask, torch.tensor([length - 1]))[0]
 
     def decode(self, branches: list[Branch]) -> torch.Tensor:
-        """Runs the pending tokens of `branches` and returns the logits after each one's last, `(branches, vocabulary)`.
+        """Runs the pending tokens of `branches`; logits after each branch's last one, `(branches, vocabulary)`.
 
         Args:
             branches (`list[Branch]`): each with pending tokens, which are taken off its queue; in an order in which

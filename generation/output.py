@@ -90,11 +90,11 @@ class MultiverseGenerateOutput(ModelOutput):
         reports (`list[RequestReport]`): per row.
     """
 
-    sequences: torch.LongTensor | None = None
-    sampled: torch.BoolTensor | None = None
-    branch_ids: torch.LongTensor | None = None
-    position_ids: torch.LongTensor | None = None
-    logits: tuple[torch.FloatTensor, ...] | None = None
+    sequences: torch.Tensor | None = None
+    sampled: torch.Tensor | None = None
+    branch_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    logits: tuple[torch.Tensor, ...] | None = None
     blocks: list[list[Block]] | None = None
     reports: list[RequestReport] | None = None
 

@@ -57,7 +57,8 @@ class Request:
         root (`Branch`): branch 0.
         made (`int`): tokens generated so far.
         steps (`int`): sequential steps so far, a step being one round of sampling.
-        finish_reason (`str`, *optional*): `"eos"`, `"length"`, or `"stopped"` by a stopping criterion; `None` while it runs.
+        finish_reason (`str`, *optional*): `"eos"`, `"length"`, or `"stopped"` by a stopping criterion; `None` while
+            it runs.
     """
 
     def __init__(self, prompt: list[int], rules: RequestRules, new_label: Callable[[], int]) -> None:
@@ -74,8 +75,8 @@ class Request:
         needed = self.made + self.closing_cost()
         if needed > rules.max_new_tokens:
             raise ValueError(
-                f"`max_new_tokens` is {rules.max_new_tokens}, but closing the blocks that the prompt leaves open takes "
-                f"{needed} tokens. Raise it, or close the blocks in the prompt."
+                f"`max_new_tokens` is {rules.max_new_tokens}, but it takes {needed} tokens to close what "
+                f"the prompt leaves open. Raise it, or close the blocks in the prompt."
             )
 
     @property
@@ -143,10 +144,8 @@ class Request:
                     self._close_branch(child, reason)
         while left := _to_close(branch):
             position = branch.next_position
-            if left[-1].name == "Parallel" and not left[-1].conclusions:
-                tag = "<Conclusion>"
-            else:
-                tag = f"</{left[-1].name}>"
+            unreduced = left[-1].name == "Parallel" and not left[-1].conclusions
+            tag = "<Conclusion>" if unreduced else f"</{left[-1].name}>"
             self._write(branch, self.rules.token_ids[tag], forced=True)
             branch.grammar.read(tag, len(branch.history) - 1)
             if branch.parent is not None and not branch.grammar.stack:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
+from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+from multiverse.hub_card.base_model import prepare_base_model
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
-
-from multiverse import MultiverseForCausalLM, add_multiverse_tokens
-from multiverse.hub_card.base_model import prepare_base_model
 
 #: The adapter that ships with the repository.
 ADAPTER = Path(__file__).resolve().parent / "adapter"

@@ -9,15 +9,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-
 from multiverse import BranchLayout
 from multiverse.generation.output import MultiverseGenerateOutput
 from multiverse.hub_card.checkpoint import ADAPTER, load_demo_model
 from multiverse.hub_card.live_view import LiveBranches, timeline
 from multiverse.trainer.synthetic import Problem, read_answer, train_and_test
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
 
 
 def main(

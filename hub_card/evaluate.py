@@ -15,13 +15,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
 from multiverse import BranchLayout, MultiverseForCausalLM
 from multiverse.hub_card.checkpoint import ADAPTER, load_demo_model
 from multiverse.trainer.synthetic import Problem, read_answer, train_and_test
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 
 def main(

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
+from multiverse.generation.branch import Branch, BranchStatus, Fork, Token
+from multiverse.generation.request import Request
+from multiverse.generation.streaming import BranchStreamer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
-
-from multiverse.generation.branch import Branch, BranchStatus, Fork, Token
-from multiverse.generation.request import Request
-from multiverse.generation.streaming import BranchStreamer
 
 COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "bright_cyan", "bright_magenta")
 _LINES = 14
@@ -80,7 +79,7 @@ def _visible_paths(branch: Branch) -> list[Branch]:
 
 def _panel(tokenizer: PreTrainedTokenizerBase, branch: Branch, title: str, colour: str, lines: int) -> Panel:
     ids = [item.id for item in branch.items if isinstance(item, Token)]
-    shown = tokenizer.decode(ids).splitlines()[-lines:]
+    shown = str(tokenizer.decode(ids)).splitlines()[-lines:]
     mark = {BranchStatus.RUNNING: "▶", BranchStatus.WAITING: "⏳", BranchStatus.FINISHED: "✔"}[branch.status]
     return Panel(Text("\n".join(shown)), title=f"{mark} {title}", border_style=colour, height=lines + 2)
 

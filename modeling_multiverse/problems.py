@@ -1,4 +1,4 @@
-"""What is malformed in a tagged text, and where. A layout exists all the same; this names what a writer meant to do."""
+"""What is malformed in a tagged text, and where. (A layout exists all the same.)"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

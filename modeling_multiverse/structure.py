@@ -68,8 +68,8 @@ class Block:
         """Fixes and returns the position of the first token of every path: position(`</Goal>`) + 1, or the parent's
         next position for a block that has no goal."""
         if self.path_position is None:
-            has_goal = self.goal_position is not None
-            self.path_position = self.goal_position + 1 if has_goal else parent_next_position
+            goal = self.goal_position
+            self.path_position = parent_next_position if goal is None else goal + 1
         return self.path_position
 
     def reduce_position(self) -> int:

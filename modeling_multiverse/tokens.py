@@ -1,7 +1,6 @@
 """Gives a model and its tokenizer the twelve tags."""
 
 import torch
-from torch import nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from .tags import TAGS
@@ -31,7 +30,7 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         ValueError: if the model has no input embeddings, or the tokenizer splits a tag it claims to know.
     """
     embeddings = model.get_input_embeddings()
-    if embeddings is None or not hasattr(embeddings, "weight"):
+    if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
         raise ValueError(f"`model` ({type(model).__name__}) has no input embeddings to grow. Pass a causal LM.")
     known = tokenizer.get_vocab()
     missing = [tag for tag in TAGS if tag not in known]
@@ -39,13 +38,14 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     pieces = {tag: _word_ids(tokenizer, tag) for tag in missing}
     if missing:
         tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in missing])
-    token_ids = {tag: tokenizer.convert_tokens_to_ids(tag) for tag in TAGS}
+    known = tokenizer.get_vocab()
+    token_ids = {tag: known[tag] for tag in TAGS}
     for tag, token_id in token_ids.items():
         if tokenizer.encode(tag, add_special_tokens=False) != [token_id]:
             raise ValueError(f"`tokenizer` does not encode {tag} as one token. Use a tokenizer with added tokens.")
 
     rows = max(token_ids.values()) + 1
-    if rows > embeddings.weight.shape[0]:
+    if rows > len(_token_matrices(model)[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         for weight in _token_matrices(model):
@@ -65,11 +65,10 @@ def _word_ids(tokenizer: PreTrainedTokenizerBase, tag: str) -> list[int]:
 
 def _token_matrices(model: PreTrainedModel) -> list[torch.Tensor]:
     """The matrices that hold one row per token: one for tied weights, two otherwise (and an output bias)."""
-    inputs = model.get_input_embeddings().weight
+    inputs = getattr(model.get_input_embeddings(), "weight")  # noqa: B009  (the attribute's type is not declared)
+    matrices: list[torch.Tensor] = [inputs]
     head = model.get_output_embeddings()
-    matrices = [inputs]
-    if isinstance(head, nn.Module) and head.weight.data_ptr() != inputs.data_ptr():
-        matrices.append(head.weight)
-        if getattr(head, "bias", None) is not None:
-            matrices.append(head.bias)
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if weight is not None and weight.data_ptr() != inputs.data_ptr():
+        matrices += [weight] if bias is None else [weight, bias]
     return matrices

@@ -1,21 +1,20 @@
-"""Stock SFTTrainer on Multiverse models: same loss in every batching mode, only what should train, reload and merge."""
+"""Stock SFTTrainer on Multiverse models: one loss in every batching mode, LoRA, saving, reloading, merging."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from tiny import tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
-
 from multiverse import BranchLayout, MultiverseForCausalLM, add_multiverse_tokens
 from multiverse.forced import HeaderTokens, forced_token_mask
 from multiverse.trainer.labels import IGNORE_INDEX, mask_forced_labels
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
 from multiverse.trainer.sft import MultiverseScriptArguments, load_model_and_tokenizer, main
 from multiverse.trainer.synthetic import ProblemOptions, generate_problems
+from peft import LoraConfig, PeftModel
+from tiny import tiny_config, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
 SHORT = ProblemOptions(paths=(2, 3), terms=(2, 3), nested=0.5)
 
@@ -28,12 +27,12 @@ def samples() -> Dataset:
     return Dataset.from_list([problem.messages("parallel") for problem in problems])
 
 
-def fresh(architecture: str = "llama", tied: bool = True):
+def fresh(architecture: str = "llama", tied: bool = True, scale: float = 0.05):
     """A tiny model with its tags and tokenizer."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    # Weights of the size that trained models have, so that float32 rounding is of theirs too.
-    config = tiny_config(architecture, len(tokenizer), tie_word_embeddings=tied, initializer_range=0.05)
+    # By default weights of the size that trained models have: float32 rounding is of theirs, too.
+    config = tiny_config(architecture, len(tokenizer), tie_word_embeddings=tied, initializer_range=scale)
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = MultiverseForCausalLM(config)
     add_multiverse_tokens(model, tokenizer)
@@ -94,17 +93,15 @@ def test_padded_packed_and_padding_free_batches_have_the_same_loss(architecture,
     assert free == pytest.approx(by_definition, abs=1e-4)
 
 
-def test_siblings_would_change_the_loss_if_they_were_seen(samples, tmp_path):
-    model, tokenizer = fresh()
-    loss = batch_loss(model, tokenizer, samples, tmp_path)
-    token_ids, model.config.multiverse_token_ids = model.config.multiverse_token_ids, None
+def test_the_trainer_really_trains_with_branches(samples, tmp_path):
+    model, tokenizer = fresh(scale=0.3)
     trainer = SFTTrainer(model, sft_config(tmp_path), train_dataset=samples, processing_class=tokenizer)
-    model.config.multiverse_token_ids = token_ids
-    trainer.train_dataset = mask_forced_labels(trainer.train_dataset, model.config)
     batch = next(iter(trainer.get_train_dataloader()))
-    model.config.multiverse_token_ids = None
     with torch.no_grad():
-        assert abs(float(trainer.compute_loss(trainer.model.eval(), batch)) - loss) > 1e-3
+        branches = float(trainer.compute_loss(model.eval(), dict(batch)))
+        model.config.multiverse_token_ids = None
+        plain_causal = float(trainer.compute_loss(model, dict(batch)))
+    assert abs(branches - plain_causal) > 1e-3
 
 
 def test_completion_only_labels_leave_out_the_prompt_and_what_the_engine_forces(samples, tmp_path):

@@ -1,13 +1,13 @@
 """The synthetic problems are right, well-formed, disjoint between splits, and the same for the same seed."""
 
+import itertools
 import re
 
 import pytest
-from tiny import tiny_tokenizer
-
 from multiverse import TAGS, BranchLayout
 from multiverse.hub_card.evaluate import wilson_interval
 from multiverse.trainer.synthetic import Problem, ProblemOptions, Sum, generate_problems, read_answer, train_and_test
+from tiny import tiny_tokenizer
 
 PROBLEMS = generate_problems(150, seed=3)
 
@@ -30,7 +30,7 @@ def test_every_written_step_is_true():
         for line in lines_of(problem.parallel()):
             sides = line.split("=")
             numeric = [side for side in sides if re.fullmatch(r"\d+([+-]\d+)*", side)]
-            for left, right in zip(numeric, numeric[1:], strict=False):
+            for left, right in itertools.pairwise(numeric):
                 steps += 1
                 assert eval(left) == eval(right), line
     assert steps > 1000
@@ -88,6 +88,7 @@ def test_options_are_kept():
             assert 3 <= len(each.terms) <= 5
             totals = [sum(each.terms[: count + 1]) for count in range(len(each.terms))]
             assert all(1 <= total <= 25 for total in totals)
+            assert len(set(each.terms[1:])) == len(each.terms) - 1
 
 
 def test_messages_carry_the_prompt_of_their_form():
@@ -117,6 +118,7 @@ def test_read_answer_takes_the_last_answer_or_nothing(text, answer):
         ({"terms": (1, 2)}, "terms"),
         ({"nested": 1.5}, "nested"),
         ({"largest": 5}, "largest"),
+        ({"terms": (9, 14)}, "terms"),
     ],
 )
 def test_bad_options_are_named(options, name):

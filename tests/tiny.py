@@ -1,10 +1,12 @@
 """Tiny models of the three architectures and a tokenizer made on the spot, for tests that need the real classes."""
 
+from collections.abc import Sequence
+
+import strategies
 import torch
+from multiverse import TAGS, BranchLayout, MultiverseForCausalLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
-
-from multiverse import TAGS, MultiverseForCausalLM
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama")
 _CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -74,3 +76,55 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "bos_token": "<|im_start|>"})
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+#: Names of the fixed vocabulary for texts written by hand: `_` is a newline, `$` the end of sequence.
+WORDS: dict[str, int] = {
+    **TOKEN_IDS,
+    **DIGITS,
+    **{".": DOT, ":": COLON, "_": NEWLINE, "$": EOS},
+    **{word: FIRST_WORD + number for number, word in enumerate([*"abcdefghijklmnopqrstuvwxyz", "10", "12"])},
+}
+_STRATEGY_WORDS = {token_id: word for word, token_id in strategies.VOCABULARY.items()}
+
+
+def tiny_ids(text: str) -> list[int]:
+    """Ids in the fixed vocabulary of a text written as words between blanks."""
+    return [WORDS[word] for word in text.split()]
+
+
+def from_strategy(ids: Sequence[int]) -> list[int]:
+    """Takes a text of `strategies` over into the fixed vocabulary."""
+    return [WORDS[_STRATEGY_WORDS[token_id]] for token_id in ids]
+
+
+class Script:
+    """A text, and what a model answers so that decoding writes it from any of its prefixes.
+
+    A word that ends in `*` is forced by the engine; one that ends in `!` too, after the model answered with the end of
+    sequence. An answer depends on what the layout says is seen at its place, and on nothing else.
+
+    Args:
+        text (`str`): words of `WORDS` between blanks.
+
+    Attributes:
+        ids (`list[int]`): the text.
+        forced (`list[int]`): indices of the tokens that the engine forces.
+    """
+
+    def __init__(self, text: str) -> None:
+        words = text.split()
+        self.ids = tiny_ids(text.replace("*", "").replace("!", ""))
+        self.forced = [index for index, word in enumerate(words) if word[-1] in "*!"]
+        seen = BranchLayout.from_token_ids(self.ids, TOKEN_IDS).attention_mask().tril(-1)
+        self._answers: dict[tuple[int, ...], int] = {}
+        for index, (word, token_id) in enumerate(zip(words, self.ids, strict=True)):
+            history = tuple(self.ids[other] for other in seen[index].nonzero().flatten().tolist())
+            answer = EOS if word.endswith("!") else token_id
+            known = self._answers.setdefault(history, answer)
+            # Headers differ in paths that see the same; the first one's stands for a prompt that ends within it.
+            assert known == answer or word.endswith("*"), f"{history} has two answers"
+
+    def answer(self, history: Sequence[int]) -> int:
+        """The model's next token where `history` is seen; a `KeyError` says that this is never to be seen."""
+        return self._answers[tuple(history)]

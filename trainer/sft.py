@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from peft import PeftModel
 from multiverse import MultiverseForCausalLM, add_multiverse_tokens
 from multiverse.trainer.labels import mask_forced_labels
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
@@ -49,8 +50,15 @@ class MultiverseScriptArguments(ScriptArguments):
     synthetic_terms: list[int] = field(
         default_factory=lambda: [3, 11], metadata={"help": "Fewest and most terms of a chain in training problems."}
     )
+    synthetic_repeats: bool = field(
+        default=False, metadata={"help": "Whether a step may come twice in a chain of a training problem."}
+    )
+    synthetic_largest: int = field(default=20, metadata={"help": "Largest running total of a training chain."})
     synthetic_test_samples: int = field(
         default=256, metadata={"help": "Held-out problems; no training problem is one of them."}
+    )
+    adapter_path: str | None = field(
+        default=None, metadata={"help": "Go on training this LoRA adapter instead of a new one."}
     )
     mask_forced_tokens: bool = field(
         default=True, metadata={"help": "Leave the tokens that the decoder forces out of the loss."}
@@ -87,12 +95,12 @@ def load_data(arguments: MultiverseScriptArguments, seed: int) -> DatasetDict:
     if arguments.dataset_name is not None:
         loaded = load_dataset(arguments.dataset_name, name=arguments.dataset_config)
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
-    splits = train_and_test(
-        arguments.synthetic_samples,
-        arguments.synthetic_test_samples,
-        seed,
-        ProblemOptions(terms=tuple(arguments.synthetic_terms)),
+    options = ProblemOptions(
+        terms=tuple(arguments.synthetic_terms),
+        repeats=arguments.synthetic_repeats,
+        largest=arguments.synthetic_largest,
     )
+    splits = train_and_test(arguments.synthetic_samples, arguments.synthetic_test_samples, seed, options)
     names = (arguments.dataset_train_split, arguments.dataset_test_split)
     return DatasetDict(
         {
@@ -112,12 +120,15 @@ def build_trainer(
     callbacks: list[TrainerCallback] | None = None,
 ) -> SFTTrainer:
     """A stock `SFTTrainer` for `model`, ready to train."""
-    peft_config = get_peft_config(model_config)
+    peft_config = get_peft_config(model_config) if script.adapter_path is None else None
     if peft_config is not None:
         add_tag_rows(peft_config, model)
+    trained: MultiverseForCausalLM | PeftModel = model
+    if script.adapter_path is not None:
+        trained = PeftModel.from_pretrained(model, script.adapter_path, is_trainable=True)
     evaluated = config.eval_strategy != "no"
     trainer = SFTTrainer(
-        model=model,
+        model=trained,
         args=config,
         train_dataset=dataset[script.dataset_train_split],
         eval_dataset=dataset[script.dataset_test_split] if evaluated else None,
@@ -143,7 +154,7 @@ def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: Mod
         "quantization_config": get_quantization_config(model_config),
     }
     model, tokenizer = load_model_and_tokenizer(
-        model_config.model_name_or_path, **{name: value for name, value in arguments.items() if value is not None}
+        str(model_config.model_name_or_path), **{name: value for name, value in arguments.items() if value is not None}
     )
     trainer = build_trainer(model, tokenizer, dataset, script, config, model_config)
     resume = config.resume_from_checkpoint
@@ -156,5 +167,5 @@ def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: Mod
 
 
 if __name__ == "__main__":
-    parser = TrlParser((MultiverseScriptArguments, SFTConfig, ModelConfig))
+    parser = TrlParser([MultiverseScriptArguments, SFTConfig, ModelConfig])  # type: ignore[list-item]
     main(*parser.parse_args_and_config())

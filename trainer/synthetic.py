@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 PARALLEL_PROMPT = "Think step by step and in parallel."
 SEQUENTIAL_PROMPT = "Think step by step."
 
+_MOST_TERMS = 13
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -101,20 +103,28 @@ class ProblemOptions:
     Attributes:
         paths (`tuple[int, int]`): fewest and most paths of the outer block.
         terms (`tuple[int, int]`): fewest and most terms of a chain.
+        repeats (`bool`): whether a step may come twice in a chain. Without repeats, whoever works through a chain can
+            tell by the last step where to go on.
         nested (`float`): share of problems in which one value is made of two or three parts.
-        largest (`int`): no running total of a chain leaves 1 to `largest`.
+        largest (`int`): no running total of a chain leaves 1 to `largest` (parts: a share of it, 10 at least).
     """
 
     paths: tuple[int, int] = (2, 5)
     terms: tuple[int, int] = (9, 11)
+    repeats: bool = False
     nested: float = 0.2
-    largest: int = 30
+    largest: int = 20
 
     def __post_init__(self) -> None:
         for name in ("paths", "terms"):
             low, high = getattr(self, name)
             if not 2 <= low <= high:
                 raise ValueError(f"`{name}` must be a (low, high) range from 2 up, got {(low, high)}.")
+        if not self.repeats and self.terms[1] > _MOST_TERMS:
+            raise ValueError(
+                f"`terms` reaches {self.terms[1]}, too many for chains that repeat no step (18 are to be had). Ask for "
+                f"at most {_MOST_TERMS}, or allow `repeats`."
+            )
         if self.paths[1] > 26:
             raise ValueError(f"`paths` reaches {self.paths[1]}, but names run from A to Z. Ask for at most 26.")
         if not 0.0 <= self.nested <= 1.0:
@@ -179,7 +189,7 @@ def _stream(rng: random.Random, options: ProblemOptions) -> Iterator[Problem]:
         for number, name in enumerate(names):
             if number == grouped:
                 parts = rng.randint(2, 3)
-                limit = options.largest // parts
+                limit = max(options.largest // parts, 10)
                 sums.append(
                     Sum(name, parts=tuple(_chain(rng, f"{name}{p + 1}", options, limit) for p in range(parts)))
                 )
@@ -190,14 +200,18 @@ def _stream(rng: random.Random, options: ProblemOptions) -> Iterator[Problem]:
 
 def _chain(rng: random.Random, name: str, options: ProblemOptions, largest: int) -> Sum:
     """A chain whose running total stays between 1 and `largest`, in steps of 1 to 9."""
-    total = rng.randint(1, largest)
-    terms = [total]
-    for _ in range(rng.randint(*options.terms) - 1):
-        choices = [step for step in (*range(-9, 0), *range(1, 10)) if 1 <= total + step <= largest]
-        step = rng.choice(choices)
-        terms.append(step)
-        total += step
-    return Sum(name, tuple(terms))
+    while True:
+        total = rng.randint(1, largest)
+        terms = [total]
+        steps = [*range(-9, 0), *range(1, 10)]
+        length = rng.randint(*options.terms)
+        while len(terms) < length and (choices := [step for step in steps if 1 <= total + step <= largest]):
+            terms.append(rng.choice(choices))
+            total += terms[-1]
+            if not options.repeats:
+                steps.remove(terms[-1])
+        if len(terms) == length:
+            return Sum(name, tuple(terms))
 
 
 def _combine(sums: tuple[Sum, ...]) -> list[str]:

@@ -74,7 +74,7 @@ class RequestReport:
 
 @dataclass
 class MultiverseGenerateOutput(ModelOutput):
-    """Sequences in linear order (layout contract, section 2) with what is known of every token.
+    """Sequences in linear order (LAYOUT.md, section 2) with what is known of every token.
 
     Shapes: B rows, N tokens of the longest row (prompt, padding on its own side, and continuation).
 

@@ -17,7 +17,7 @@ from .tags import check_token_ids
 
 @dataclass(eq=False)
 class BranchLayout:
-    """Branch, position and visibility of every token of one sequence (layout contract, sections 3 to 5).
+    """Branch, position and visibility of every token of one sequence (LAYOUT.md, sections 3 to 5).
 
     Attributes:
         branch_ids (`torch.LongTensor` of shape `(N,)`): branch of every token, 0 for the (first) root.

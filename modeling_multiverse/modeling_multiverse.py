@@ -48,7 +48,7 @@ class MultiverseModelMixin:
     """Gives a decoder backbone its branch-aware mask and positions, from `input_ids` alone.
 
     - A batch without a block runs the parent's forward untouched: same cost, same numbers.
-    - With a block, mask and positions follow the layout contract, for padded, packed and cached input.
+    - With a block, mask and positions follow LAYOUT.md, for padded, packed and cached input.
     - A 4D `attention_mask` takes precedence: the caller then gives `position_ids` too.
     """
 

@@ -173,7 +173,7 @@ class TagGrammar:
 
 
 def find_problems(events: Iterable[tuple[int, str]]) -> list[Problem]:
-    """Checks the tags of a text against the grammar of section 1 of the layout contract.
+    """Checks the tags of a text against the grammar of section 1 of LAYOUT.md.
 
     Args:
         events (`Iterable[tuple[int, str]]`): linear index and name of every tag in order; an empty name starts a

@@ -1,7 +1,7 @@
 """Blocks, paths and the one state machine that turns a token stream into branches and positions.
 
 Everything that needs structure (mask, positions, training labels, decoding) goes through `StructureMachine`, so the
-rules of the layout contract are written down here and nowhere else. The machine reads tags only; the tokens between
+rules of LAYOUT.md are written down here and nowhere else. The machine reads tags only; the tokens between
 two tags are taken in one step, which keeps a 32K-token sample at a few hundred Python steps.
 
 Source: arXiv 2506.09991, section 4.1 (Multiverse Attention), with the separator after `</Path>` kept inside its path.

@@ -1,4 +1,4 @@
-"""The twelve control tags, and the reading of a token-id table that names them (layout contract, section 1)."""
+"""The twelve control tags, and the reading of a token-id table that names them (LAYOUT.md, section 1)."""
 
 from collections.abc import Mapping
 

@@ -16,7 +16,7 @@ from multiverse.generation.cache import GrowingCache, GrowingLayer
 from multiverse.generation.output import MultiverseGenerateOutput, RequestReport
 from multiverse.generation.request import Request
 from multiverse.generation.streaming import BranchStreamer
-from strategies import shuffled, trees, truncated
+from strategies import Sample, shuffled, trees, truncated
 from tiny import (
     ARCHITECTURES,
     DIGITS,
@@ -40,6 +40,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 GOAL = "<Goal> _ <Outline> _ 1 : b _ </Outline> _ <Outline> _ 2 : c _ </Outline> _ <Outline> d </Outline> _ </Goal>"
@@ -68,7 +69,7 @@ PROMPTS = {
     "inside a conclusion's path": (
         f"a <Parallel> {GOAL} <Path> g h </Path> <Path> i </Path> <Conclusion> {NESTED_GOAL} <Path> 2 . 1 : j"
     ),
-    "after a block": f"a <Parallel> {GOAL} <Path> g h </Path> <Path> i j </Path> <Conclusion> </Conclusion> </Parallel>",
+    "after a block": f"a <Parallel> {GOAL} <Path> g h </Path> <Path> i </Path> <Conclusion> </Conclusion> </Parallel>",
 }
 MIXED = ("plain", "inside a later path", "after a goal", "inside a nested path")
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -277,8 +278,8 @@ def check_structure(
 def test_logits_after_a_prompt_are_those_of_one_forward_pass(name: str, architecture: str, sampled: bool) -> None:
     model = tiny_model(architecture, seed=len(name))
     prompts = [tiny_ids(PROMPTS[name])]
-    output = decode(model, prompts, Boost(), do_sample=sampled)
-    check_structure(output, prompts, 60, whole=name != "inside a path's header")
+    output = decode(model, prompts, Boost(), do_sample=sampled, suppress_tokens=[EOS], max_new_tokens=50)
+    check_structure(output, prompts, 50, whole=True)
     assert check_parity(model, output, prompts) >= 10
 
 
@@ -299,12 +300,11 @@ def test_logits_of_a_padded_batch_are_those_of_one_forward_pass(
     assert blocks >= 2, "there is little to see without forks"
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_logits_under_every_attention_are_those_of_one_forward_pass(attention: str) -> None:
-    model = tiny_model(dtype=torch.float32, attention=attention)
-    prompts = [tiny_ids(PROMPTS[name]) for name in MIXED[:3]]
-    output = decode(model, prompts, Boost(), max_new_tokens=24)
-    check_parity(model, output, prompts)
+def test_logits_under_eager_attention_are_those_of_one_forward_pass() -> None:
+    model = tiny_model(attention="eager")
+    prompts = [tiny_ids(PROMPTS[name]) for name in MIXED]
+    output = decode(model, prompts, Boost())
+    assert check_parity(model, output, prompts) >= 80
 
 
 @both_modes
@@ -321,12 +321,12 @@ def test_limits_cut_anywhere_without_changing_logits(
     check_parity(model, output, prompts)
 
 
-@settings(deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(truncated(trees(60)) | shuffled(50), st.booleans())
-def test_prompt_of_any_kind_is_continued_as_its_layout_says(sample: Any, parallel: bool) -> None:
+def test_prompt_of_any_kind_is_continued_as_its_layout_says(sample: Sample, parallel: bool) -> None:
     prompt = from_strategy(sample.ids) or tiny_ids("a")
     model = tiny_model()
-    output = decode(model, [prompt], Boost(), max_new_tokens=120, max_path_tokens=9, parallel=parallel)
+    output = decode(model, [prompt], FORK_AND_END, max_new_tokens=120, max_path_tokens=9, parallel=parallel)
     check_structure(output, [prompt], 120)
     check_parity(model, output, [prompt])
 
@@ -403,7 +403,6 @@ def test_untagged_decoding_is_that_of_the_base_class(name: str, architecture: st
     base = plain_model(model, architecture)
     banned = list(TOKEN_IDS.values())
     bans: list[dict[str, Any]] = [{"suppress_tokens": banned}, {"bad_words_ids": [[token_id] for token_id in banned]}]
-    ended = set()
     for seed, text in enumerate(("a", "a b c d", "x y 1 : _ z", "q")):
         given = {"input_ids": torch.tensor([tiny_ids(text)]), **UNTAGGED_OPTIONS[name], **bans[seed % 2]}
         rows = []
@@ -411,8 +410,16 @@ def test_untagged_decoding_is_that_of_the_base_class(name: str, architecture: st
             torch.manual_seed(seed)
             rows.append(each.generate(**given, max_new_tokens=40)[0].tolist())
         assert rows[0] == rows[1]
-        ended.add(rows[0][-1] == EOS)
-    assert ended, "something was decoded"
+
+
+def test_maximum_length_given_as_a_criterion_is_kept() -> None:
+    model = tiny_model()
+    stop = StoppingCriteriaList([MaxLengthCriteria(max_length=7)])
+    options = {"suppress_tokens": list(TOKEN_IDS.values()), "max_new_tokens": 40, "stopping_criteria": stop}
+    ids = torch.tensor([tiny_ids("a b")])
+    expected = plain_model(model, "llama").generate(ids, **options)
+    assert expected.shape[1] == 7
+    assert model.generate(ids, **options).tolist() == expected.tolist()
 
 
 def test_untagged_decoding_of_a_padded_batch_is_that_of_the_base_class() -> None:
@@ -664,6 +671,24 @@ def test_end_of_sequence_inside_a_path_closes_it_and_is_not_written() -> None:
         assert output.sampled[0, close - 1]
 
 
+def test_any_of_several_end_tokens_closes_a_path_and_ends_the_request() -> None:
+    other = WORDS["z"]
+
+    class FollowToOther(Follow):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            kept = super().__call__(input_ids, scores)
+            kept[:, other] = kept[:, EOS]
+            kept[:, EOS] = -torch.inf
+            return kept
+
+    output = decode(
+        tiny_model(), [NESTED.ids[:1]], FollowToOther(NESTED), eos_token_id=[EOS, other], max_new_tokens=500
+    )
+    assert text_of(output) == [*NESTED.ids[:-1], other]
+    assert forced_in(output, 1) == NESTED.forced
+    assert output.reports[0].finish_reason == "eos"
+
+
 @both_modes
 def test_path_budget_closes_paths_at_their_length(parallel: bool) -> None:
     prompt = tiny_ids(f"a {goal(['b', 'c'])}")
@@ -701,17 +726,13 @@ def test_flag_is_false_exactly_on_forced_tokens() -> None:
             ids = real_tokens(output, prompts, row)
             layout = layout_of(ids)
             expected = forced_token_mask(layout, ids, header)
-            # The decoder closed these paths; in the text they look like any other.
-            closed = {branch for branch, report in enumerate(output.reports[row].branches) if report.finish_reason}
-            by_engine = {
-                branch
-                for branch, report in enumerate(output.reports[row].branches)
-                if report.finish_reason in ("eos", "max_path_tokens")
-            }
-            for index, (token_id, branch) in enumerate(zip(ids, layout.branch_ids.tolist(), strict=True)):
-                if token_id == TOKEN_IDS["</Path>"] and branch in by_engine:
+            reasons = [branch.finish_reason for branch in output.reports[row].branches]
+            assert len(reasons) == len(layout.compatible)
+            for index, branch in enumerate(layout.branch_ids.tolist()):
+                # In the text, a path that the engine closed looks like any other.
+                if ids[index] == TOKEN_IDS["</Path>"] and reasons[branch] in ("eos", "max_path_tokens"):
                     expected[index] = True
-            blocks += len(closed) > 0
+            blocks += len(reasons) > 1
             assert (~output.sampled[row, start:end]).tolist() == expected[len(prompt) :].tolist()
     assert blocks >= 20
 
@@ -733,15 +754,15 @@ def test_processors_see_what_the_branch_sees(name: str, parallel: bool) -> None:
     ids = text_of(output)
     report = output.reports[0]
     assert report.finish_reason == "eos"
-    layout = layout_of(ids)
-    asked = output.sampled[0].tolist()
-    for index, branch in enumerate(layout.branch_ids.tolist()):
-        # The answer was the end of sequence, and the close that stands for it is forced.
-        if ids[index] == TOKEN_IDS["</Path>"] and index >= len(prompt) and not asked[index]:
-            assert report.branches[branch].finish_reason == "eos"
-            asked[index] = True
-    expected = Counter(visible_before(ids, index) for index, was_asked in enumerate(asked) if was_asked)
-    assert Counter(map(tuple, record.seen)) == expected
+    # Where the answer was the end of sequence, the `</Path>` that stands for it is forced.
+    ends = [
+        index
+        for index in range(len(prompt), len(ids))
+        if ids[index] == TOKEN_IDS["</Path>"] and not output.sampled[0, index]
+    ]
+    assert len(ends) == sum(branch.finish_reason == "eos" for branch in report.branches)
+    asked = [*output.sampled[0].nonzero().flatten().tolist(), *ends]
+    assert Counter(map(tuple, record.seen)) == Counter(visible_before(ids, index) for index in asked)
 
 
 def test_processors_are_called_for_one_branch_at_a_time() -> None:
@@ -863,10 +884,7 @@ def test_streamer_gets_the_prompt_and_then_the_tokens_in_linear_order(name: str,
 
 
 def test_streamer_gets_root_and_first_path_at_once_and_later_paths_when_they_are_next() -> None:
-    class CollectAndWatch(Collect):
-        pass
-
-    streamer = CollectAndWatch()
+    streamer = Collect()
     after_step: list[int] = []
 
     class Count(LogitsProcessor):
@@ -998,6 +1016,18 @@ def test_argument_that_cannot_work_is_refused_by_name(name: str) -> None:
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         model.generate(**{"max_new_tokens": 5, **given} if "generation_config" not in given else given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("parallel", "yes"), ("max_path_tokens", 0), ("max_new_tokens", 0), ("cache_implementation", "static")],
+)
+def test_setting_of_the_models_own_configuration_is_refused_likewise(name: str, value: Any) -> None:
+    model = tiny_model()
+    model.generation_config.max_new_tokens = 5
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=name):
+        model.generate(input_ids=IDS)
 
 
 def test_filled_cache_is_refused() -> None:

@@ -281,7 +281,7 @@ def test_no_token_is_run_before_one_that_it_sees(
 def test_no_token_after_a_cut_prompt_is_run_before_one_that_it_sees(
     prompt: list[int], numbers: list[int], limit: int | None, parallel: bool
 ) -> None:
-    request = new_request(prompt, rules(400, max_path_tokens=limit))
+    request = new_request(prompt, rules(250, max_path_tokens=limit))
     played = play(request, picking(numbers), parallel)
     check_order(request, played, check_finished(request))
 
@@ -334,7 +334,7 @@ def test_sequential_mode_asks_a_path_only_after_its_earlier_siblings_have_ended(
             path = path.parent
         return choose(request, branch)
 
-    request = new_request(prompt, rules(400, max_path_tokens=limit))
+    request = new_request(prompt, rules(250, max_path_tokens=limit))
     played = play(request, checked, parallel=False)
     assert {len(asked) for asked in played.rounds} == {1}
 
@@ -380,7 +380,7 @@ def test_what_a_cut_prompt_leaves_open_is_closed_within_the_budget(
     assert closed_problems(check_finished(request)) == []
 
 
-@examples(250)
+@examples(150)
 @example(tiny_ids("<Think> a <Parallel> <Goal> </Think> b"), [], None, True)
 @example(tiny_ids("<Think> <Parallel> <Goal> <Outline> </Outline> </Goal> <Path> </Think>"), [], None, True)
 @example(tiny_ids("<Parallel> <Conclusion> <Path> a"), [], None, True)
@@ -388,7 +388,7 @@ def test_what_a_cut_prompt_leaves_open_is_closed_within_the_budget(
 def test_malformed_prompt_goes_on_where_its_layout_says(
     prompt: list[int], numbers: list[int], limit: int | None, parallel: bool
 ) -> None:
-    request = new_request(prompt, rules(400, max_path_tokens=limit))
+    request = new_request(prompt, rules(300, max_path_tokens=limit))
     played = play(request, picking(numbers), parallel)
     # Where a path stands after its block's conclusion, what is seen has no one order.
     check_order(request, played, check_finished(request, histories=False))
@@ -422,6 +422,13 @@ def test_plain_text_uses_the_whole_budget() -> None:
         play(request, picking([]))
         assert sequence(request) == [LETTER] * (1 + budget)
         assert request.finish_reason == "length"
+
+
+def test_tag_that_opens_no_block_may_be_the_last_token() -> None:
+    request = new_request(tiny_ids("a"), rules(1))
+    request.accept(request.root, TOKEN_IDS["<Think>"])
+    assert sequence(request) == tiny_ids("a <Think>")
+    assert request.finish_reason == "length"
 
 
 CLOSINGS = {

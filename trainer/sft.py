@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from peft import PeftModel
 from multiverse import MultiverseForCausalLM, add_multiverse_tokens
 from multiverse.trainer.labels import mask_forced_labels
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
 from multiverse.trainer.synthetic import ProblemOptions, train_and_test
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl import (
     ModelConfig,

@@ -122,8 +122,8 @@ class ProblemOptions:
                 raise ValueError(f"`{name}` must be a (low, high) range from 2 up, got {(low, high)}.")
         if not self.repeats and self.terms[1] > _MOST_TERMS:
             raise ValueError(
-                f"`terms` reaches {self.terms[1]}, too many for chains that repeat no step (18 are to be had). Ask for "
-                f"at most {_MOST_TERMS}, or allow `repeats`."
+                f"`terms` reaches {self.terms[1]}, too many for chains that repeat no step. Ask for at most "
+                f"{_MOST_TERMS}, or allow `repeats`."
             )
         if self.paths[1] > 26:
             raise ValueError(f"`paths` reaches {self.paths[1]}, but names run from A to Z. Ask for at most 26.")

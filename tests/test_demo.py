@@ -5,15 +5,13 @@ import re
 import pytest
 import torch
 import typer
-from rich.console import Console
-from tiny import FIRST_WORD, NEWLINE, TOKEN_IDS, tiny_model, tiny_tokenizer
-from typer.testing import CliRunner
-
 from multiverse.hub_card.checkpoint import load_demo_model
 from multiverse.hub_card.demo import main
 from multiverse.hub_card.evaluate import summarise, table
 from multiverse.hub_card.live_view import LiveBranches, timeline
-
+from rich.console import Console
+from tiny import FIRST_WORD, NEWLINE, TOKEN_IDS, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
 
 
 def test_the_demo_answers_a_held_out_problem_in_parallel():
@@ -51,7 +49,8 @@ def test_the_live_view_shows_every_running_path():
 
 
 def test_timeline_bars_cover_their_steps():
-    lines = timeline([("", 1, 100), ("1", 1, 50), ("2", 51, 100), ("3", None, None)], steps=100, width=20).plain.splitlines()
+    spans = [("", 1, 100), ("1", 1, 50), ("2", 51, 100), ("3", None, None)]
+    lines = timeline(spans, steps=100, width=20).plain.splitlines()
     assert [line.count("█") for line in lines] == [20, 10, 10]
     assert lines[2].endswith("█" * 10)
 

@@ -11,7 +11,7 @@ from functools import cache
 import multiverse.masking_multiverse
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from multiverse import MultiverseForCausalLM
 from reference_layout import ReferenceLayout, reference_layout
@@ -92,9 +92,11 @@ STRAY_TAGS = text("a <Think> b </Path> <Path> c <Goal> d </Goal> </Parallel> e <
 
 
 def examples(count: int) -> settings:
+    # No shrinking: the texts are short, and a defect, seen by dozens of tests here, would take them minutes each.
+    phases = [Phase.explicit, Phase.generate]
     # The machine may be busy with something else: slow drawing is not a defect.
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-    return settings(deadline=None, derandomize=True, max_examples=count, suppress_health_check=checks)
+    return settings(deadline=None, derandomize=True, max_examples=count, phases=phases, suppress_health_check=checks)
 
 
 @cache

@@ -406,14 +406,21 @@ def test_every_budget_cuts_a_scripted_text_into_a_closed_one(name: str, parallel
 
 
 @both_modes
-@pytest.mark.parametrize("limit", [5, 6, 7, 9])
-def test_path_limit_and_budget_may_be_hit_at_once(limit: int, parallel: bool) -> None:
+@pytest.mark.parametrize("ending", ["a", "</Path>", "$"])
+@pytest.mark.parametrize("separator", [[], [NEWLINE], [NEWLINE, WORDS["z"]]], ids=len)
+def test_path_may_end_where_the_budget_does(separator: list[int], ending: str, parallel: bool) -> None:
     prompt = tiny_ids("a <Parallel> <Goal> <Outline> b </Outline> <Outline> c </Outline> </Goal>")
-    for budget in range(14, 40):
-        request = new_request(prompt, rules(budget, max_path_tokens=limit))
-        play(request, picking([]), parallel)
-        assert closed_problems(check_finished(request)) == [], budget
-        assert request.finish_reason == "length", budget
+
+    def choose(request: Request, branch: Branch) -> int:
+        return WORDS[ending] if branch.parent is not None and branch.history[-1] == LETTER else LETTER
+
+    least = new_request(prompt, rules(separator=separator))
+    for limit in (None, 5, 6, 9):
+        for budget in range(least.made + least.closing_cost(), 45):
+            request = new_request(prompt, rules(budget, separator, max_path_tokens=limit))
+            play(request, choose, parallel)
+            assert closed_problems(check_finished(request)) == [], (limit, budget)
+            assert request.finish_reason == "length"
 
 
 def test_plain_text_uses_the_whole_budget() -> None:

@@ -39,6 +39,12 @@ class MultiverseGenerationMixin(GenerationMixin):
 
     _supported_generation_modes = [GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH]  # noqa: RUF012
 
+    def set_generation_defaults(self) -> None:
+        """Gives `generation_config` the engine's fields where it lacks them (a checkpoint of a plain model)."""
+        for name, default in GENERATION_DEFAULTS.items():
+            if not hasattr(self.generation_config, name):
+                setattr(self.generation_config, name, default)
+
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`; see the class for the additional arguments.
@@ -47,10 +53,9 @@ class MultiverseGenerationMixin(GenerationMixin):
             ValueError: before any work is done, for empty or malformed input, limits that are not positive, and
                 decoding modes that cannot fork (beam search, assisted and contrastive decoding, paged caches).
         """
-        for name, default in GENERATION_DEFAULTS.items():
-            if not hasattr(self.generation_config, name):
-                setattr(self.generation_config, name, default)
-        _check_generate_arguments(inputs if inputs is not None else kwargs.get("input_ids"), args, kwargs)
+        self.set_generation_defaults()
+        given = inputs if inputs is not None else kwargs.get("input_ids")
+        _check_generate_arguments(given, args, kwargs, self.generation_config)
         return super().generate(inputs, *args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -86,7 +91,7 @@ class MultiverseGenerationMixin(GenerationMixin):
             token_ids=check_token_ids(self.config.multiverse_token_ids),
             header=HeaderTokens(self.config.multiverse_separator_ids, self.config.multiverse_label_ids),
             eos_token_ids=frozenset(eos),
-            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            max_new_tokens=(stopping_criteria.max_length or generation_config.max_length) - input_ids.shape[1],
             max_path_tokens=generation_config.max_path_tokens,
         )
         mask = model_kwargs.get("attention_mask")
@@ -113,7 +118,9 @@ class MultiverseGenerationMixin(GenerationMixin):
         return output if generation_config.return_dict_in_generate else output.sequences
 
 
-def _check_generate_arguments(inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_generate_arguments(
+    inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], defaults: GenerationConfig
+) -> None:
     """Refuses what cannot work, by name, before transformers starts."""
     if inputs is None and kwargs.get("inputs_embeds") is None:
         raise ValueError("`input_ids` is missing: the engine reads the structure of the prompt from its token ids.")
@@ -127,7 +134,7 @@ def _check_generate_arguments(inputs: Any, args: tuple[Any, ...], kwargs: dict[s
             f"`input_ids` is empty, shape {tuple(inputs.shape)}. Give every row at least one prompt token."
         )
     mask = kwargs.get("attention_mask")
-    if mask is not None and (mask.dim() != 2 or mask.shape[0] != inputs.shape[0] or mask.shape[1] < inputs.shape[1]):
+    if mask is not None and (mask.dim() != 2 or mask.shape[0] != inputs.shape[0] or mask.shape[1] != inputs.shape[1]):
         raise ValueError(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(inputs.shape)}, with 0 for padding, got "
             f"{tuple(mask.shape)}."
@@ -136,13 +143,14 @@ def _check_generate_arguments(inputs: Any, args: tuple[Any, ...], kwargs: dict[s
         raise ValueError("`position_ids` cannot be given to `generate()`: they follow from the tags. Leave them out.")
     config = kwargs.get("generation_config") or (args[0] if args else None)
     for name in _POSITIVE:
-        value = kwargs.get(name, getattr(config, name, None))
+        value = kwargs.get(name, getattr(config, name, getattr(defaults, name, None)))
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-    parallel = kwargs.get("parallel", getattr(config, "parallel", None))
+    parallel = kwargs.get("parallel", getattr(config, "parallel", defaults.parallel))
     if parallel is not None and not isinstance(parallel, bool):
         raise ValueError(f"`parallel` must be True or False, got {parallel!r}.")
     implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
+    implementation = implementation or defaults.cache_implementation
     if implementation not in (None, "dynamic"):
         raise ValueError(
             f"`cache_implementation` is {implementation!r}; branches share one growing cache. Leave it at its default."

@@ -40,6 +40,8 @@ def adopt_prompt(request: "Request") -> None:
             paths.append(Branch(request.prompt_labels[path.branch], branch, own, path, visible=visible[path.branch]))
             paths[-1].status, paths[-1].finish_reason = BranchStatus.FINISHED, "closed"
         waiting.append((branch, block, paths))
+        # A path after the conclusion takes the block back to where its conclusion is still to come.
+        branch.grammar.stack[-1].conclusions = 0
         branch.status = BranchStatus.WAITING
         branch = paths[-1]
         branch.status, branch.finish_reason = BranchStatus.RUNNING, None
@@ -47,6 +49,9 @@ def adopt_prompt(request: "Request") -> None:
 
     branch.next_position = machine.next_position
     kept = _recall(request, [branch, *(each for parent, _, paths in waiting for each in (parent, *paths[:-1]))])
+    innermost = machine.open_blocks[-1] if machine.open_blocks else None
+    # Read now: a fork adds its paths to the same block.
+    path_closed = innermost is not None and innermost.in_path and innermost.paths[-1].close is not None
     for parent, block, paths in waiting:
         labels = _labels(request, parent, block)
         for path_branch in paths:
@@ -55,13 +60,13 @@ def adopt_prompt(request: "Request") -> None:
         request.fork(parent, block, labels if block.goal_close is not None else [], paths)
 
     last_tag = request.rules.tag_of_id.get(request.prompt[-1]) if request.prompt else None
-    innermost = machine.open_blocks[-1] if machine.open_blocks else None
     if innermost is None:
         return
     if innermost.in_path:
-        if innermost.paths[-1].close is not None:
+        if path_closed:
+            assert branch.path is not None
             branch.grammar.stack.clear()
-            request.finish_path(branch, "closed", innermost.paths[-1].last_position, separator=last_tag == "</Path>")
+            request.finish_path(branch, "closed", branch.path.last_position, separator=last_tag == "</Path>")
     elif innermost.conclusion is None and not innermost.paths:
         if innermost.goal_close is None:
             innermost.outlines = [kept[start] for start in innermost.outlines]
@@ -83,9 +88,18 @@ def path_labels(prefix: str, written: list[str | None]) -> list[str]:
 
 
 def _visible_labels(request: "Request") -> list[set[int]]:
-    """Cache-slot labels that each branch of the prompt may see."""
-    table = compatible_branches(request.machine)
-    return [{request.prompt_labels[column] for column in row.nonzero().flatten().tolist()} for row in table]
+    """Cache-slot labels that each branch of the prompt may see from now on.
+
+    A parent gets its paths into sight when their block reduces; until then they must not reach it, or the siblings that
+    are still to be forked from it would inherit them.
+    """
+    machine, labels = request.machine, request.prompt_labels
+    table = compatible_branches(machine)
+    for block in machine.open_blocks:
+        if block.in_path:
+            for first, end in [*block.path_branches, (block.paths[-1].branch, len(labels))]:
+                table[block.branch, first:end] = False
+    return [{labels[column] for column in row.nonzero().flatten().tolist()} for row in table]
 
 
 def _open_tags(request: "Request") -> list[list[OpenTag]]:

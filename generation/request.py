@@ -111,9 +111,11 @@ class Request:
                 self._read_tag(branch, self.rules.tag_of_id[token_id])
         limit = self.rules.max_path_tokens
         running_path = branch.parent is not None and branch.status is BranchStatus.RUNNING
-        if limit is not None and running_path and self._may_end(branch) and branch.written >= limit - 1:
+        room = self.rules.max_new_tokens - self.made - self.closing_cost()
+        over_limit = limit is not None and running_path and branch.written >= limit - 1
+        if over_limit and self._may_end(branch) and room >= len(self.rules.header.separator):
             self._close_path(branch, "max_path_tokens")
-        if self.made + self.closing_cost() >= self.rules.max_new_tokens:
+        if not self.finished and self.made + self.closing_cost() >= self.rules.max_new_tokens:
             self.close("length")
 
     def closing_cost(self) -> int:
@@ -131,17 +133,17 @@ class Request:
         """Ends the request, closing what is open so that siblings stay apart in the linear text.
 
         Args:
-            reason (`str`): finish reason of the request and of the paths that are cut off.
+            reason (`str`): finish reason of the request; paths that are cut off have none of their own.
         """
-        self._close_branch(self.root, reason)
+        self._close_branch(self.root)
         assert self.made <= self.rules.max_new_tokens, "the budget keeps room for what is forced"
         self.finish_reason = reason
 
-    def _close_branch(self, branch: Branch, reason: str) -> None:
+    def _close_branch(self, branch: Branch) -> None:
         for item in list(branch.items):
             if isinstance(item, Fork):
                 for child in item.children:
-                    self._close_branch(child, reason)
+                    self._close_branch(child)
         while left := _to_close(branch):
             position = branch.next_position
             unreduced = left[-1].name == "Parallel" and not left[-1].conclusions
@@ -149,7 +151,7 @@ class Request:
             self._write(branch, self.rules.token_ids[tag], forced=True)
             branch.grammar.read(tag, len(branch.history) - 1)
             if branch.parent is not None and not branch.grammar.stack:
-                self.finish_path(branch, reason, position, separator=False)
+                self.finish_path(branch, None, position, separator=False)
 
     def _growth(self, branch: Branch, token_id: int) -> int:
         """By how much `made + closing_cost()` grows if `branch` takes `token_id`."""
@@ -158,6 +160,8 @@ class Request:
         if token_id in self.rules.eos_token_ids:
             return 1 if branch.parent is None else separator
         if tag is None:
+            return 1
+        if tag == "<Think>" and not _to_close(branch):
             return 1
         if not tag.startswith("</"):
             return 2 + 2 * (tag == "<Parallel>")
@@ -232,7 +236,7 @@ class Request:
         branch.grammar.stack.clear()
         self.finish_path(branch, reason, position)
 
-    def finish_path(self, branch: Branch, reason: str, close_position: int, separator: bool = True) -> None:
+    def finish_path(self, branch: Branch, reason: str | None, close_position: int, separator: bool = True) -> None:
         """Ends a path whose `</Path>` has been written, and reduces its block if it was the last one."""
         assert branch.path is not None and branch.parent is not None  # noqa: PT018
         if branch.path.close is None:

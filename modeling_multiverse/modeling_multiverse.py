@@ -173,6 +173,9 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        # Otherwise a reloaded generation configuration drops every field that transformers does not know.
+        self.generation_config._from_model_config = False
+        self.set_generation_defaults()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -185,6 +188,9 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
         if not isinstance(config, PreTrainedConfig):
             passed = {name: kwargs[name] for name in _CONFIG_ARGUMENTS if name in kwargs}
             config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **passed)
+            # As in the base class, keyword arguments that are fields of the configuration override it.
+            for name in [name for name in kwargs if name in config.to_dict() and name not in _MODEL_ARGUMENTS]:
+                setattr(config, name, kwargs.pop(name))
         config = MultiverseConfig.from_base(config)
         model_class = _model_class(config)
         if cls is MultiverseForCausalLM:
@@ -209,6 +215,10 @@ _CONFIG_ARGUMENTS = (
     "token",
     "trust_remote_code",
 )
+
+
+#: Fields of a configuration that `from_pretrained` takes for itself.
+_MODEL_ARGUMENTS = ("attn_implementation", "dtype", "quantization_config", "torch_dtype", "use_safetensors")
 
 
 class MultiverseQwen2Model(MultiverseModelMixin, Qwen2Model):

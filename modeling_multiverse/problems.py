@@ -131,7 +131,7 @@ class TagGrammar:
         self.stack.append(OpenTag(name, index))
 
     def close(self, name: str, index: int) -> None:
-        floor = 0 if name in ("Parallel", "Think") else self._block_depth()
+        floor = 0 if name == "Parallel" else self._block_depth()
         depth = next((d for d in range(len(self.stack) - 1, floor - 1, -1) if self.stack[d].name == name), None)
         if depth is None:
             self.report("stray close", index, f"</{name}> closes nothing; remove it or open <{name}> before it.")

@@ -34,8 +34,9 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         raise ValueError(f"`model` ({type(model).__name__}) has no input embeddings to grow. Pass a causal LM.")
     known = tokenizer.get_vocab()
     missing = [tag for tag in TAGS if tag not in known]
+    rows_before = len(_token_matrices(model)[0])
     # Read before the tags exist: afterwards "Path" could be split differently around them.
-    pieces = {tag: _word_ids(tokenizer, tag) for tag in missing}
+    pieces = {tag: _word_ids(tokenizer, tag) for tag in TAGS}
     if missing:
         tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in missing])
     known = tokenizer.get_vocab()
@@ -49,8 +50,10 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         model.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         for weight in _token_matrices(model):
-            for tag in missing:
-                weight[token_ids[tag]] = weight[pieces[tag]].mean(dim=0)
+            # Also tags that the tokenizer knows from another model and this one has only now grown rows for.
+            for tag in TAGS:
+                if tag in missing or token_ids[tag] >= rows_before:
+                    weight[token_ids[tag]] = weight[pieces[tag]].mean(dim=0)
 
     model.config.multiverse_token_ids = token_ids
     model.config.multiverse_separator_ids = tokenizer.encode("\n", add_special_tokens=False)

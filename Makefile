@@ -37,10 +37,11 @@ train-demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 train-demo: export MALLOC_TOP_PAD_ = 1000000000
 train-demo: venv ## train both arms of the demo and evaluate them (options of the evaluation: ARGS="...")
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
-	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_parallel.yaml
-	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_sequential.yaml
-	.venv/bin/python -m multiverse.hub_card.evaluate --parallel runs/smollm2-parallel \
-		--sequential runs/smollm2-sequential $(ARGS)
+	for phase in parallel parallel_2 sequential sequential_2; do \
+		.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_$$phase.yaml || exit 1; \
+	done
+	.venv/bin/python -m multiverse.hub_card.evaluate --parallel runs/smollm2-parallel-2 \
+		--sequential runs/smollm2-sequential-2 $(ARGS)
 
 # .cache and runs stay: they hold the base model and the trained weights, which take long to make again.
 clean: ## remove .venv and build products (.cache and runs stay)

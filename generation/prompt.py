@@ -90,8 +90,8 @@ def path_labels(prefix: str, written: list[str | None]) -> list[str]:
 def _visible_labels(request: "Request") -> list[set[int]]:
     """Cache-slot labels that each branch of the prompt may see from now on.
 
-    A parent gets its paths into sight when their block reduces; until then they must not reach it, or the siblings that
-    are still to be forked from it would inherit them.
+    A parent gets its paths into sight when their block reduces; until then they must not reach it, or the siblings
+    that are still to be forked from it would inherit them.
     """
     machine, labels = request.machine, request.prompt_labels
     table = compatible_branches(machine)

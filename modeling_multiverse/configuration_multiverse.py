@@ -57,6 +57,14 @@ class MultiverseConfig(PreTrainedConfig):
         return converted
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As in the parent, but the plain configuration of the same architecture counts as one of this class."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if CONFIG_CLASSES.get(config_dict.get("model_type", "")) is cls:
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """As `AutoConfig.from_pretrained`, for plain and Multiverse checkpoints of the supported architectures."""
         if cls is not MultiverseConfig:

@@ -64,14 +64,15 @@ class CachedStructure:
         machines = [machine.truncated(count) for machine, count in zip(self.machines, real, strict=True)]
         return CachedStructure(length, None, machines, [branches], self.external)
 
-    def rows(self, batch_size: int, device: torch.device) -> None:
+    def rows(self, batch_size: int, device: torch.device, first_positions: torch.Tensor | None = None) -> None:
         """Makes sure that there is a machine for every row, reading what is cached as an untagged prefix."""
         if self.machines is None:
             self.machines = [StructureMachine() for _ in range(batch_size)]
-            positions = [self.length] * batch_size if self.next_positions is None else self.next_positions.tolist()
+            known = self.next_positions if first_positions is None else first_positions
+            positions = [self.length] * batch_size if known is None else known.tolist()
             for machine, position in zip(self.machines, positions, strict=True):
+                machine.resume_at(position - self.length)
                 machine.read_plain(self.length)
-                machine.resume_at(position)
             self.slot_branches = [torch.zeros(batch_size, self.length, dtype=torch.long, device=device)]
         elif len(self.machines) != batch_size:
             raise ValueError(
@@ -113,10 +114,15 @@ def structured_inputs(
     """
     batch_size, new = input_ids.shape
     device = input_ids.device
-    state.rows(batch_size, device)
     real = torch.ones(batch_size, new, dtype=torch.bool)
     if attention_mask is not None:
         real = attention_mask[:, -new:].bool().cpu()
+    first_positions = None
+    if state.machines is None and state.length and position_ids is not None:
+        # The caller knows best which rows are cached: they may have been reordered or repeated since the prefill.
+        first = real.int().argmax(dim=1, keepdim=True)
+        first_positions = position_ids.cpu().expand(batch_size, -1).gather(1, first)[:, 0]
+    state.rows(batch_size, device, first_positions)
     starts = [None] * batch_size
     if attention_mask is None and state.length == 0:
         starts = _document_starts(position_ids, document_starts, batch_size, new)

@@ -63,6 +63,10 @@ class MultiverseModelMixin:
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         state = None
+        if input_ids is None and CachedStructure.of(past_key_values).machines is not None:
+            raise ValueError(
+                "`inputs_embeds` carries no tags, but `past_key_values` holds blocks to go on from. Pass `input_ids`."
+            )
         if input_ids is not None and self.config.multiverse_token_ids:
             state = CachedStructure.of(past_key_values)
             attention_mask, position_ids = self._apply_structure(
@@ -166,6 +170,11 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         config = MultiverseConfig.from_base(_checked_config(config))
+        if config.model_type != self.config_class.model_type:
+            raise ValueError(
+                f"`config` is a {config.model_type} configuration, which {type(self).__name__} cannot hold. Use "
+                "`MultiverseForCausalLM(config)`, which picks the class."
+            )
         # What the three parents' constructors do, with our backbone in the place of theirs: calling them first would
         # allocate every weight twice, and swapping the class of a built backbone loses its output recorders.
         PreTrainedModel.__init__(self, config)
@@ -188,6 +197,9 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
         if not isinstance(config, PreTrainedConfig):
             passed = {name: kwargs[name] for name in _CONFIG_ARGUMENTS if name in kwargs}
             config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **passed)
+            if kwargs.get("use_sliding_window") is False:
+                # Derived when the checkpoint was saved, and stored beside it.
+                config.layer_types = ["full_attention"] * config.num_hidden_layers
             # As in the base class, keyword arguments that are fields of the configuration override it.
             for name in [name for name in kwargs if name in config.to_dict() and name not in _MODEL_ARGUMENTS]:
                 setattr(config, name, kwargs.pop(name))

@@ -95,6 +95,7 @@ class StructureMachine:
         runs (`list[tuple[int, int, int]]`): `(first index, branch, first position)` of every stretch of tokens that
             shares a branch and counts up by one.
         events (`list[tuple[int, str]]`): index and name of every tag, document starts as `(index, "")`.
+        resumptions (`list[tuple[int, int]]`): index and position of every jump that was made from outside.
     """
 
     def __init__(self) -> None:
@@ -107,6 +108,7 @@ class StructureMachine:
         self.sibling_branches: list[tuple[tuple[int, int], ...]] = []
         self.runs: list[tuple[int, int, int]] = []
         self.events: list[tuple[int, str]] = []
+        self.resumptions: list[tuple[int, int]] = []
         self.start_document()
 
     def start_document(self) -> None:
@@ -127,6 +129,7 @@ class StructureMachine:
     def resume_at(self, position: int) -> None:
         """Lets the current branch go on at `position` (tokens whose positions were given from outside)."""
         if position != self.next_position:
+            self.resumptions.append((self.length, position))
             self._move_to(self.branch, position)
 
     def read_tag(self, tag: str) -> None:
@@ -161,9 +164,13 @@ class StructureMachine:
         if not 0 <= length <= self.length:
             raise ValueError(f"`length` must lie between 0 and the {self.length} tokens read, got {length}.")
         replay = StructureMachine()
-        for index, tag in [event for event in self.events if event[0] < length]:
+        steps: list[tuple[int, str | int]] = [event for event in self.events if event[0] < length]
+        steps += [resumption for resumption in self.resumptions if resumption[0] <= length]
+        for index, tag in sorted(steps, key=lambda step: step[0]):
             replay.read_plain(index - replay.length)
-            if tag:
+            if isinstance(tag, int):
+                replay.resume_at(tag)
+            elif tag:
                 replay.read_tag(tag)
             else:
                 replay.start_document()

@@ -1025,3 +1025,12 @@ def test_backbone_alone_knows_the_structure(architecture: str) -> None:
             input_ids=row(NESTED), attention_mask=mask, position_ids=row(layout.positions)
         ).last_hidden_state
     assert difference(found, expected) <= 1e-5
+
+
+def test_embeddings_cannot_carry_on_a_cache_that_holds_blocks():
+    model = tiny_model("llama")
+    prompt = torch.tensor([[30, TOKEN_IDS["<Parallel>"], TOKEN_IDS["<Path>"], 31]])
+    cache = model(input_ids=prompt, use_cache=True).past_key_values
+    embeddings = model.get_input_embeddings()(torch.tensor([[32]]))
+    with pytest.raises(ValueError, match="`inputs_embeds`"):
+        model(inputs_embeds=embeddings, past_key_values=cache)

@@ -24,7 +24,8 @@ class Engine:
         model (`PreTrainedModel`): a Multiverse causal LM.
         prompts (`Sequence[list[int]]`): token ids per request, without padding.
         rules (`RequestRules`): tags and limits.
-        logits_processor (`LogitsProcessorList`): called per branch with the tokens that the branch may see.
+        logits_processors (`Sequence[LogitsProcessorList]`): one list per request, called per branch with the tokens
+            that the branch may see.
         stopping_criteria (`StoppingCriteriaList`): called per branch likewise; one that is met ends the request.
         do_sample (`bool`): multinomial sampling rather than the most likely token.
         parallel (`bool`): whether sibling paths run side by side.
@@ -37,7 +38,7 @@ class Engine:
         model: PreTrainedModel,
         prompts: Sequence[list[int]],
         rules: RequestRules,
-        logits_processor: LogitsProcessorList,
+        logits_processors: Sequence[LogitsProcessorList],
         stopping_criteria: StoppingCriteriaList,
         do_sample: bool = False,
         parallel: bool = True,
@@ -45,7 +46,6 @@ class Engine:
         streamer: BaseStreamer | None = None,
     ) -> None:
         self.rules = rules
-        self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.do_sample = do_sample
         self.parallel = parallel
@@ -53,6 +53,7 @@ class Engine:
         longest = max(len(prompt) for prompt in prompts)
         self.model_step = ModelStep(model, capacity=len(prompts) * (longest + min(rules.max_new_tokens, 256)))
         self.requests = [Request(prompt, rules, self.model_step.new_label) for prompt in prompts]
+        self.processors = dict(zip(self.requests, logits_processors, strict=True))
         self.streamer = streamer
         self._show: Callable[[Sequence[Request]], None] | None = None
         if streamer is not None:
@@ -91,9 +92,9 @@ class Engine:
         scores = raw.clone()
         for row, (request, branch) in enumerate(branches):
             scores[row, request.banned_tokens(branch)] = -torch.inf
-            if self.logits_processor:
+            if self.processors[request]:
                 history = torch.tensor([branch.history], device=scores.device)
-                scores[row] = self.logits_processor(history, scores[row][None])[0]  # type: ignore[arg-type]
+                scores[row] = self.processors[request](history, scores[row][None])[0]  # type: ignore[arg-type]
         if self.do_sample:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0].tolist()
         else:

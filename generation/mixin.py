@@ -4,6 +4,7 @@ transformers prepares everything as usual (configuration, processors, criteria, 
 is ours. It is reached through `_sample`, which `generate()` looks up on the class.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .engine import Engine
 from .output import MultiverseGenerateOutput, collect_output
+from .processors import RowPrefixConstraint, processors_of_row
 from .request import RequestRules
 
 #: Arguments of `generate()` that are ours, with their defaults. They live in `generation_config`.
@@ -46,7 +48,15 @@ class MultiverseGenerationMixin(GenerationMixin):
                 setattr(self.generation_config, name, default)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As `GenerationMixin.generate`; see the class for the additional arguments.
 
         Raises:
@@ -55,8 +65,14 @@ class MultiverseGenerationMixin(GenerationMixin):
         """
         self.set_generation_defaults()
         given = inputs if inputs is not None else kwargs.get("input_ids")
-        _check_generate_arguments(given, args, kwargs, self.generation_config)
-        return super().generate(inputs, *args, **kwargs)
+        _check_generate_arguments(given, generation_config, kwargs, self.generation_config)
+        if prefix_allowed_tokens_fn is not None and self.config.multiverse_token_ids:
+            constraint = RowPrefixConstraint(prefix_allowed_tokens_fn)
+            logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
+            prefix_allowed_tokens_fn = None
+        return super().generate(
+            inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, **kwargs
+        )
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Leaves masks to the backbone, which knows the branches (transformers would prepare a plain causal one)."""
@@ -103,7 +119,10 @@ class MultiverseGenerationMixin(GenerationMixin):
             self,
             prompts,
             rules,
-            logits_processor,
+            [
+                processors_of_row(logits_processor, row, input_ids.shape[1] - len(prompt))
+                for row, prompt in enumerate(prompts)
+            ],
             StoppingCriteriaList(criteria for criteria in stopping_criteria if not isinstance(criteria, handled)),
             do_sample=generation_config.do_sample,
             parallel=generation_config.parallel,
@@ -119,7 +138,7 @@ class MultiverseGenerationMixin(GenerationMixin):
 
 
 def _check_generate_arguments(
-    inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any], defaults: GenerationConfig
+    inputs: Any, config: GenerationConfig | None, kwargs: dict[str, Any], defaults: GenerationConfig
 ) -> None:
     """Refuses what cannot work, by name, before transformers starts."""
     if inputs is None and kwargs.get("inputs_embeds") is None:
@@ -141,7 +160,6 @@ def _check_generate_arguments(
         )
     if kwargs.get("position_ids") is not None:
         raise ValueError("`position_ids` cannot be given to `generate()`: they follow from the tags. Leave them out.")
-    config = kwargs.get("generation_config") or (args[0] if args else None)
     for name in _POSITIVE:
         value = kwargs.get(name, getattr(config, name, getattr(defaults, name, None)))
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -168,6 +186,9 @@ def _check_decoding(config: GenerationConfig, synced_gpus: bool, model_kwargs: d
         "output_hidden_states": bool(config.output_hidden_states),
         "output_scores": bool(config.output_scores),
         "guidance_scale": config.guidance_scale not in (None, 1, 1.0),
+        # Both compare a branch with the prompts of the whole batch.
+        "encoder_repetition_penalty": config.encoder_repetition_penalty not in (None, 1, 1.0),
+        "encoder_no_repeat_ngram_size": bool(config.encoder_no_repeat_ngram_size),
         "prefill_chunk_size": config.prefill_chunk_size is not None,
     }
     for name, present in refused.items():

@@ -33,11 +33,10 @@ def adopt_prompt(request: "Request") -> None:
         if not block.in_path:
             branch.grammar.stack += stack
             continue
+        labels = path_labels(branch.label, [read_label(request.prompt, path.start + 1)[0] for path in block.paths])
         paths = []
-        for number, path in enumerate(block.paths, start=1):
-            label, _ = read_label(request.prompt, path.start + 1)
-            own = label or (f"{branch.label}.{number}" if branch.label else str(number))
-            paths.append(Branch(request.prompt_labels[path.branch], branch, own, path, visible=visible[path.branch]))
+        for label, path in zip(labels, block.paths, strict=True):
+            paths.append(Branch(request.prompt_labels[path.branch], branch, label, path, visible=visible[path.branch]))
             paths[-1].status, paths[-1].finish_reason = BranchStatus.FINISHED, "closed"
         waiting.append((branch, block, paths))
         # A path after the conclusion takes the block back to where its conclusion is still to come.

@@ -992,6 +992,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "paged cache": ({"input_ids": IDS, "cache_implementation": "paged"}, "cache_implementation"),
     "quantized cache": ({"input_ids": IDS, "cache_implementation": "quantized"}, "cache_implementation"),
     "no cache": ({"input_ids": IDS, "use_cache": False}, "use_cache"),
+    "encoder penalty": ({"input_ids": IDS, "encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty"),
+    "encoder n-grams": ({"input_ids": IDS, "encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size"),
     "scores": ({"input_ids": IDS, "output_scores": True, "return_dict_in_generate": True}, "output_scores"),
     "attentions": (
         {"input_ids": IDS, "output_attentions": True, "return_dict_in_generate": True},

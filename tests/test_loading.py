@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import every_architecture
 from multiverse import (
     MultiverseConfig,
     MultiverseForCausalLM,
@@ -50,7 +51,6 @@ UNSUPPORTED = {
     ),
 }
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 tied_and_untied = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 every_unsupported = pytest.mark.parametrize("config", list(UNSUPPORTED.values()), ids=list(UNSUPPORTED))
 every_wrong_pair = pytest.mark.parametrize(("architecture", "other"), list(itertools.permutations(ARCHITECTURES, 2)))

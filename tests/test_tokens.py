@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import every_architecture
 from multiverse import TAGS, MultiverseForCausalLM, add_multiverse_tokens
-from tiny import ARCHITECTURES, tiny_config, tiny_tokenizer
+from tiny import tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 tied_and_untied = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 every_tag = pytest.mark.parametrize("tag", TAGS)
 

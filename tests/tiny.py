@@ -93,6 +93,11 @@ def tiny_ids(text: str) -> list[int]:
     return [WORDS[word] for word in text.split()]
 
 
+def goal(outlines: Sequence[str]) -> str:
+    """Words of a block up to its goal's end, with one outline for each path."""
+    return "<Parallel> <Goal> " + " ".join(f"<Outline> {outline} </Outline>" for outline in outlines) + " </Goal>"
+
+
 def from_strategy(ids: Sequence[int]) -> list[int]:
     """Takes a text of `strategies` over into the fixed vocabulary."""
     return [WORDS[_STRATEGY_WORDS[token_id]] for token_id in ids]

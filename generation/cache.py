@@ -1,77 +1,138 @@
-"""A KV cache that grows geometrically, so that a decode step writes its own tokens and copies nothing else."""
+"""One KV cache for all requests of a call, in which a step writes its own tokens and nothing else is moved.
+
+Every request owns a contiguous region of slots. Regions grow geometrically, so each slot is copied O(1) times over a
+generation, and never at a fork or a merge.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class GrowingLayer(CacheLayerMixin):
-    """One layer's keys and values, shape `(1, kv heads, slots, head dim)`, in a buffer with room to spare.
+@dataclass
+class Region:
+    """The slots of one request: `start` to `start + length` are in use, `capacity` are reserved."""
 
-    Slots stand in the order in which tokens were run; the branches of all requests share them. Nothing is moved when
-    paths fork or merge. The buffer doubles when it is full, which copies each slot O(1) times over a generation.
+    start: int
+    capacity: int
+    length: int = 0
 
-    Args:
-        capacity (`int`): slots to reserve at first.
+
+class PathCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer, shape `(1, kv heads, slots, head dim)`, regions side by side.
+
+    `update` writes the new tokens to the slots that `PathCache.reserve` gave out and returns the whole buffers, since
+    attention runs region by region.
     """
 
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, cache: "PathCache") -> None:
         super().__init__()
-        self.capacity = capacity
-        self.length = 0
+        self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self._buffer(key_states, self.capacity)
-        self.values = self._buffer(value_states, self.capacity)
+        self.keys = self._buffer(key_states)
+        self.values = self._buffer(value_states)
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends `(1, kv heads, new, head dim)` and returns views of all slots in use."""
+        """Writes `(1, kv heads, new, head dim)` and returns the buffers of all regions."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
         assert self.keys is not None and self.values is not None  # noqa: PT018
-        if end > self.capacity:
-            self.capacity = max(end, 2 * self.capacity)
-            self.keys = self._grown(self.keys)
-            self.values = self._grown(self.values)
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        first = 0
+        for start, count in self.cache.writes:
+            self.keys[:, :, start : start + count] = key_states[:, :, first : first + count]
+            self.values[:, :, start : start + count] = value_states[:, :, first : first + count]
+            first += count
+        return self.keys, self.values
+
+    def move(self, moves: list[tuple[int, int, int]]) -> None:
+        """Goes over to buffers of the cache's present size; `moves` are `(from, to, slots)`."""
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None  # noqa: PT018
+            self.keys = self._moved(self.keys, moves)
+            self.values = self._moved(self.values, moves)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return sum(region.length for region in self.cache.regions)
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.length = 0
+        for region in self.cache.regions:
+            region.length = 0
 
-    def _buffer(self, like: torch.Tensor, capacity: int) -> torch.Tensor:
-        return like.new_empty((*like.shape[:2], capacity, like.shape[-1]))
+    def _buffer(self, like: torch.Tensor) -> torch.Tensor:
+        return like.new_empty((*like.shape[:2], self.cache.slots, like.shape[-1]))
 
-    def _grown(self, buffer: torch.Tensor) -> torch.Tensor:
-        larger = self._buffer(buffer, self.capacity)
-        larger[:, :, : self.length] = buffer[:, :, : self.length]
+    def _moved(self, buffer: torch.Tensor, moves: list[tuple[int, int, int]]) -> torch.Tensor:
+        larger = self._buffer(buffer)
+        for source, target, count in moves:
+            larger[:, :, target : target + count] = buffer[:, :, source : source + count]
         return larger
 
 
-class GrowingCache(Cache):
-    """One [`GrowingLayer`] per layer of the model.
+class PathCache(Cache):
+    """The cache of a call of `generate()`.
 
     Args:
         num_layers (`int`): layers of the model.
-        capacity (`int`): slots to reserve at first.
+        capacities (`list[int]`): slots to reserve at first, per request.
+
+    Attributes:
+        regions (`list[Region]`): per request.
+        slots (`int`): slots of all regions, reserved ones included.
+        writes (`list[tuple[int, int]]`): `(first slot, count)` per run of new tokens of the present step.
+        moved_slots (`int`): slots copied so far because regions had to grow.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
-        super().__init__(layers=[GrowingLayer(capacity) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, capacities: list[int]) -> None:
+        self.regions: list[Region] = []
+        self.slots = 0
+        for capacity in capacities:
+            self.regions.append(Region(self.slots, capacity))
+            self.slots += capacity
+        self.writes: list[tuple[int, int]] = []
+        self.moved_slots = 0
+        super().__init__(layers=[PathCacheLayer(self) for _ in range(num_layers)])
+
+    def reserve(self, new: list[tuple[int, int]]) -> None:
+        """Gives slots to the tokens of the next forward pass.
+
+        Args:
+            new (`list[tuple[int, int]]`): `(request, tokens)` in the order of the flat row.
+        """
+        if any(self.regions[request].length + count > self.regions[request].capacity for request, count in new):
+            self._grow(dict(new))
+        self.writes = []
+        for request, count in new:
+            region = self.regions[request]
+            self.writes.append((region.start + region.length, count))
+            region.length += count
+
+    def _grow(self, new: dict[int, int]) -> None:
+        """Doubles what is more than half full: requests of similar length then grow together, not one by one."""
+        moves = []
+        self.slots = 0
+        for request, region in enumerate(self.regions):
+            needed = region.length + new.get(request, 0)
+            if 2 * needed > region.capacity:
+                region.capacity = 2 * needed
+            if region.length:
+                moves.append((region.start, self.slots, region.length))
+            region.start = self.slots
+            self.slots += region.capacity
+        self.moved_slots += sum(count for _, _, count in moves)
+        for layer in self.layers:
+            assert isinstance(layer, PathCacheLayer)
+            layer.move(moves)

@@ -4,113 +4,135 @@ One step is one forward pass over the next tokens of all live branches. Tokens t
 sampled ones, so a fork and a merge cost no step of their own.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .branch import Branch, BranchStatus
 from .model_step import ModelStep
-from .request import Request, RequestRules
+from .request import Request
+from .sampling import Sampler, SamplingOptions
 from .scheduler import branches_to_run
 from .streaming import BranchStreamer, LinearFeed
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a batch is decoded.
+
+    Attributes:
+        implementation (`str`): attention of the decode steps, `"folded"` or the name of the model's own.
+        width (`int`, *optional*): most branches of a request to sample side by side; 1 is sequential decoding.
+    """
+
+    implementation: str = "folded"
+    width: int | None = None
 
 
 class Engine:
     """Decodes a batch of requests.
 
     Args:
-        model (`PreTrainedModel`): a Multiverse causal LM.
-        prompts (`Sequence[list[int]]`): token ids per request, without padding.
-        rules (`RequestRules`): tags and limits.
-        logits_processors (`Sequence[LogitsProcessorList]`): one list per request, called per branch with the tokens
-            that the branch may see.
-        stopping_criteria (`StoppingCriteriaList`): called per branch likewise; one that is met ends the request.
-        do_sample (`bool`): multinomial sampling rather than the most likely token.
-        parallel (`bool`): whether sibling paths run side by side.
-        keep_logits (`bool`): whether every sampled token keeps the raw logits it was drawn from.
+        model (`PreTrainedModel`): a Multiverse causal LM whose attention runs through `path_attention`.
+        requests (`Sequence[Request]`): what to decode.
+        sampling (`SamplingOptions`): how tokens are chosen.
+        stopping_criteria (`StoppingCriteriaList`): called per branch with the tokens that it sees; one that is met
+            ends the request.
+        options (`EngineOptions`): how steps are run.
         streamer (`BaseStreamer`, *optional*): shown the tokens as they come.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        prompts: Sequence[list[int]],
-        rules: RequestRules,
-        logits_processors: Sequence[LogitsProcessorList],
+        requests: Sequence[Request],
+        sampling: SamplingOptions,
         stopping_criteria: StoppingCriteriaList,
-        do_sample: bool = False,
-        parallel: bool = True,
-        keep_logits: bool = False,
+        options: EngineOptions,
         streamer: BaseStreamer | None = None,
     ) -> None:
-        self.rules = rules
-        self.stopping_criteria = stopping_criteria
-        self.do_sample = do_sample
-        self.parallel = parallel
-        self.keep_logits = keep_logits
-        longest = max(len(prompt) for prompt in prompts)
-        self.model_step = ModelStep(model, capacity=len(prompts) * (longest + min(rules.max_new_tokens, 256)))
-        self.requests = [Request(prompt, rules, self.model_step.new_label) for prompt in prompts]
-        self.processors = dict(zip(self.requests, logits_processors, strict=True))
+        self.requests = requests
+        self.options = options
+        self.device = model.device
+        self.sampler = Sampler(requests, sampling)
+        headroom = min(max(request.rules.max_new_tokens for request in requests), 256)
+        self.model_step = ModelStep(model, requests, headroom, options.implementation)
+        # The clock is the same for all branches; everything else may look at the tokens.
+        self._clocks = [each for each in stopping_criteria if isinstance(each, MaxTimeCriteria)]
+        self._criteria = StoppingCriteriaList(each for each in stopping_criteria if each not in self._clocks)
         self.streamer = streamer
         self._show: Callable[[Sequence[Request]], None] | None = None
         if streamer is not None:
             self._show = streamer.put_step if isinstance(streamer, BranchStreamer) else LinearFeed(streamer).put_step
+        self._numbers = {request: number for number, request in enumerate(requests)}
 
-    def run(self) -> list[Request]:
+    def run(self) -> None:
         """Decodes until every request has come to its end."""
-        ready: list[tuple[Request, Branch]] = []
+        self._prefill()
+        while live := [number for number, request in enumerate(self.requests) if not request.finished]:
+            self._step(live)
+        if self.streamer is not None:
+            self.streamer.end()
+
+    def _prefill(self) -> None:
+        began = time.perf_counter()
+        ready: list[tuple[int, Branch]] = []
         rows: list[torch.Tensor] = []
-        for request in self.requests:
-            logits = self.model_step.prefill(request)
+        for request, logits in self.model_step.prefill():
             # A prompt that ends at a fork or a merge has forced tokens to run before anything is sampled.
             running = [branch for branch in request.branches() if branch.status is BranchStatus.RUNNING]
-            ready += [(request, branch) for branch in running if not branch.pending]
+            ready += [(self._numbers[request], branch) for branch in running if not branch.pending]
             rows += [logits for branch in running if not branch.pending]
         if ready:
             self._sample(ready, torch.stack(rows))
-        while any(not request.finished for request in self.requests):
-            plan = [
-                (request, branch)
-                for request in self.requests
-                if not request.finished
-                for branch in branches_to_run(request, self.parallel)
-            ]
-            assert plan, "an unfinished request always has tokens to run"
-            logits = self.model_step.decode([branch for _, branch in plan])
-            sampled = [row for row, (_, branch) in enumerate(plan) if branch.status is BranchStatus.RUNNING]
-            self._sample([plan[row] for row in sampled], logits[sampled])
-        if self.streamer is not None:
-            self.streamer.end()
-        return self.requests
+        for request in self.requests:
+            request.count_seconds("prefill", time.perf_counter() - began)
 
-    def _sample(self, branches: list[tuple[Request, Branch]], logits: torch.Tensor) -> None:
+    def _step(self, live: list[int]) -> None:
+        began = time.perf_counter()
+        stages = [self.requests[number].stage for number in live]
+        plan = [(number, branches_to_run(self.requests[number], self.options.width)) for number in live]
+        assert all(branches for _, branches in plan), "an unfinished request always has tokens to run"
+        logits = self.model_step.decode(plan)
+        order = [(number, branch) for number, branches in plan for branch in branches]
+        sampled = [row for row, (_, branch) in enumerate(order) if branch.status is BranchStatus.RUNNING]
+        if len(sampled) < len(order):
+            logits = logits[torch.tensor(sampled, device=logits.device)]
+        self._sample([order[row] for row in sampled], logits)
+        for number, stage in zip(live, stages, strict=True):
+            self.requests[number].count_seconds(stage, time.perf_counter() - began)
+
+    def _sample(self, branches: list[tuple[int, Branch]], logits: torch.Tensor) -> None:
         """Draws the next token of every branch from `logits` of shape `(branches, vocabulary)` and lets it grow."""
-        raw = logits.to(dtype=torch.float32, copy=True)
-        scores = raw.clone()
-        for row, (request, branch) in enumerate(branches):
-            scores[row, request.banned_tokens(branch)] = -torch.inf
-            if self.processors[request]:
-                history = torch.tensor([branch.history], device=scores.device)
-                scores[row] = self.processors[request](history, scores[row][None])[0]  # type: ignore[arg-type]
-        if self.do_sample:
-            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0].tolist()
-        else:
-            tokens = scores.argmax(dim=-1).tolist()
-        for request in {id(request): request for request, _ in branches}.values():
-            request.steps += 1
-        for row, ((request, branch), token) in enumerate(zip(branches, tokens, strict=True)):
+        choices = self.sampler.choose(branches, logits)
+        for number in dict.fromkeys(number for number, _ in branches):
+            self.requests[number].steps += 1
+        for (number, branch), choice in zip(branches, choices, strict=True):
+            request = self.requests[number]
             if not request.finished:
-                request.accept(branch, token, raw[row] if self.keep_logits else None)
+                request.accept(branch, choice)
                 self._check_criteria(request, branch)
+        for number in dict.fromkeys(number for number, _ in branches):
+            self.requests[number].end_step()
+        if self._clocks and any(bool(clock(self._nothing, None)[0]) for clock in self._clocks):
+            for request in self.requests:
+                if not request.finished:
+                    request.close("max_time")
         if self._show is not None:
             self._show(self.requests)
 
+    @property
+    def _nothing(self) -> torch.Tensor:
+        return torch.empty(1, 0, dtype=torch.long, device=self.device)
+
     def _check_criteria(self, request: Request, branch: Branch) -> None:
         """Ends the request if a stopping criterion holds for what `branch` sees."""
-        if self.stopping_criteria and not request.finished:
-            history = torch.tensor([branch.history], device=self.model_step.model.device)
-            if bool(self.stopping_criteria(history, None)[0]):  # type: ignore[arg-type]
+        if self._criteria and not request.finished:
+            history = self.sampler.history(branch, self.device)
+            if bool(self._criteria(history, None)[0]):  # type: ignore[arg-type]
                 request.close("stopped")

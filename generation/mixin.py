@@ -9,21 +9,40 @@ from typing import Any
 
 import torch
 from multiverse.forced import HeaderTokens
+from multiverse.masking_multiverse import SUPPORTED_ATTENTION, unsupported_attention_message
 from multiverse.tags import check_token_ids
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .engine import Engine
+from .attention import DECODE_ATTENTION, path_attention
+from .engine import Engine, EngineOptions
 from .output import MultiverseGenerateOutput, collect_output
 from .processors import RowPrefixConstraint, processors_of_row
-from .request import RequestRules
+from .request import Request, RequestRules
+from .sampling import SamplingOptions
 
 #: Arguments of `generate()` that are ours, with their defaults. They live in `generation_config`.
-GENERATION_DEFAULTS: dict[str, Any] = {"parallel": True, "max_path_tokens": None}
+GENERATION_DEFAULTS: dict[str, Any] = {
+    "parallel": True,
+    "max_paths": 64,
+    "max_depth": 8,
+    "max_path_tokens": None,
+    "max_sequential_steps": None,
+    "seed": None,
+    "decode_attention": "auto",
+}
 
-_POSITIVE = ("max_new_tokens", "max_length", "max_path_tokens", "num_return_sequences")
+_POSITIVE = (
+    "max_new_tokens",
+    "max_length",
+    "max_paths",
+    "max_depth",
+    "max_path_tokens",
+    "max_sequential_steps",
+    "num_return_sequences",
+)
 
 
 class MultiverseGenerationMixin(GenerationMixin):
@@ -32,11 +51,19 @@ class MultiverseGenerationMixin(GenerationMixin):
     Arguments of `generate()` beyond transformers' own, also as attributes of `generation_config`:
 
     - `parallel` (`bool`, default `True`): `False` decodes the same layout one path at a time.
+    - `max_paths` (`int`, default 64): most paths of a request that run side by side; further ones wait their turn.
+    - `max_depth` (`int`, default 8): most blocks around a token; deeper paths are not offered another block.
     - `max_path_tokens` (`int`, *optional*): a path that holds this many tokens itself is closed.
+    - `max_sequential_steps` (`int`, *optional*): budget of the critical path; then everything open is closed.
+    - `seed` (`int` or `list[int]`, *optional*): what a sampled request draws from, whatever else is in the batch; an
+      `int` stands for itself, itself + 1, ... over the rows. Without it, seeds come from torch's global generator.
+    - `decode_attention` (`str`, default `"auto"`): `"folded"` runs the branches and heads of a request as rows of one
+      attention call, `"model"` the model's own implementation. Automatic: `"folded"` for a model under `sdpa`.
 
     `max_new_tokens` counts every token made, in all branches, forced ones included. Tags that would break the
     structure where they stand are never sampled. With `return_dict_in_generate=True` the result is a
-    [`MultiverseGenerateOutput`].
+    [`MultiverseGenerateOutput`]. An exception in the middle of decoding (a streamer's, a criterion's, Ctrl-C) carries
+    what was made until then, closed and well-formed, as its attribute `partial_output`.
     """
 
     _supported_generation_modes = [GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH]  # noqa: RUF012
@@ -109,32 +136,72 @@ class MultiverseGenerationMixin(GenerationMixin):
             eos_token_ids=frozenset(eos),
             max_new_tokens=(stopping_criteria.max_length or generation_config.max_length) - input_ids.shape[1],
             max_path_tokens=generation_config.max_path_tokens,
+            max_depth=generation_config.max_depth,
+            max_sequential_steps=generation_config.max_sequential_steps,
         )
         mask = model_kwargs.get("attention_mask")
         real = torch.ones_like(input_ids, dtype=torch.bool).cpu() if mask is None else mask.bool().cpu()
         prompts = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), real, strict=True)]
         if not all(prompts):
             raise ValueError("`attention_mask` hides every token of a row. Give each row at least one prompt token.")
-        engine = Engine(
-            self,
-            prompts,
-            rules,
-            [
+        as_dict = bool(generation_config.return_dict_in_generate)
+        sampling = SamplingOptions(
+            processors=[
                 processors_of_row(logits_processor, row, input_ids.shape[1] - len(prompt))
                 for row, prompt in enumerate(prompts)
             ],
-            StoppingCriteriaList(criteria for criteria in stopping_criteria if not isinstance(criteria, handled)),
-            do_sample=generation_config.do_sample,
-            parallel=generation_config.parallel,
-            keep_logits=bool(generation_config.return_dict_in_generate and generation_config.output_logits),
-            streamer=streamer,
+            seeds=row_seeds(generation_config.seed, len(prompts)) if generation_config.do_sample else None,
+            keep_logits=as_dict and bool(generation_config.output_logits),
+            keep_scores=as_dict and bool(generation_config.output_scores),
+            keep_logprobs=as_dict,
         )
-        requests = engine.run()
+        requests = [Request(prompt, rules) for prompt in prompts]
+        criteria = StoppingCriteriaList(each for each in stopping_criteria if not isinstance(each, handled))
         pad_token_id = generation_config.pad_token_id
         if pad_token_id is None:
             pad_token_id = min(eos) if eos else 0
-        output = collect_output(input_ids, real, requests, int(pad_token_id), engine.keep_logits)
-        return output if generation_config.return_dict_in_generate else output.sequences
+
+        def collected() -> MultiverseGenerateOutput:
+            return collect_output(input_ids, real, requests, int(pad_token_id), sampling)
+
+        with path_attention(self) as own:
+            options = EngineOptions(
+                implementation=_implementation(generation_config.decode_attention, own),
+                width=generation_config.max_paths if generation_config.parallel else 1,
+            )
+            try:
+                Engine(self, requests, sampling, criteria, options, streamer).run()
+            except BaseException as error:
+                # Ctrl-C included: hours of decoding must not be lost with it.
+                for request in requests:
+                    if not request.finished:
+                        request.close("interrupted")
+                error.partial_output = collected()  # type: ignore[attr-defined]
+                raise
+        return collected() if as_dict else collected().sequences
+
+
+def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
+    """The seed of every row (see `MultiverseGenerationMixin`)."""
+    if seed is None:
+        return torch.randint(2**62, (rows,)).tolist()
+    if isinstance(seed, int):
+        return [seed + row for row in range(rows)]
+    if len(seed) != rows:
+        raise ValueError(
+            f"`seed` holds {len(seed)} values for {rows} rows (`num_return_sequences` included). Give one seed per "
+            "row, or a single integer."
+        )
+    return [int(each) for each in seed]
+
+
+def _implementation(decode_attention: str, own: str | None) -> str:
+    """Attention of the decode steps: `"folded"`, or the name of the model's own implementation."""
+    if decode_attention == "folded" or (decode_attention == "auto" and own == "sdpa"):
+        return "folded"
+    if own not in SUPPORTED_ATTENTION:
+        raise ValueError(unsupported_attention_message(own))
+    return own
 
 
 def _check_generate_arguments(
@@ -167,6 +234,13 @@ def _check_generate_arguments(
     parallel = kwargs.get("parallel", getattr(config, "parallel", defaults.parallel))
     if parallel is not None and not isinstance(parallel, bool):
         raise ValueError(f"`parallel` must be True or False, got {parallel!r}.")
+    seed = kwargs.get("seed", getattr(config, "seed", defaults.seed))
+    seeds = seed if isinstance(seed, list | tuple) else [] if seed is None else [seed]
+    if not all(isinstance(each, int) and not isinstance(each, bool) for each in seeds):
+        raise ValueError(f"`seed` must be an integer, a list with one per row, or None, got {seed!r}.")
+    attention = kwargs.get("decode_attention", getattr(config, "decode_attention", defaults.decode_attention))
+    if attention is not None and attention not in DECODE_ATTENTION:
+        raise ValueError(f"`decode_attention` must be one of {DECODE_ATTENTION}, got {attention!r}.")
     implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
     implementation = implementation or defaults.cache_implementation
     if implementation not in (None, "dynamic"):
@@ -184,7 +258,6 @@ def _check_decoding(config: GenerationConfig, synced_gpus: bool, model_kwargs: d
         "synced_gpus": synced_gpus,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
-        "output_scores": bool(config.output_scores),
         "guidance_scale": config.guidance_scale not in (None, 1, 1.0),
         # Both compare a branch with the prompts of the whole batch.
         "encoder_repetition_penalty": config.encoder_repetition_penalty not in (None, 1, 1.0),

@@ -1,101 +1,185 @@
 """One forward pass over the new tokens of every branch of every request.
 
-All new tokens stand in one row, all requests share one KV cache, and a boolean mask says which slots each token sees.
-Slots carry the label of the branch that wrote them; a branch sees a set of labels. Forks and merges change such sets
-and never a slot.
+All new tokens stand in one flat row, so every linear layer runs once per step; attention runs request by request over
+the request's region of the cache. Forks and merges change the table of visible slots and never a slot.
 
-Shapes: T new tokens, S slots in use afterwards, L labels given out so far.
+Shapes: T new tokens, n of them of one request, S slots in use of that request afterwards.
 """
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from multiverse.layout import BranchLayout
+from multiverse.masking_multiverse import explicit_mask
 from transformers import PreTrainedModel
 
+from .attention import Segment, StepPlan, fold_mask
 from .branch import Branch
-from .cache import GrowingCache
+from .cache import PathCache
 from .request import Request
+from .visibility import VisibleSlots
+
+#: Prompts are run together up to this many tokens: enough to keep a device busy, few enough for its memory.
+PREFILL_TOKENS = 4096
+
+
+@dataclass
+class NewTokens:
+    """What one request adds to the flat row of a step.
+
+    Attributes:
+        request (`int`): index of the request.
+        ids, positions (`list[int]`): the tokens, in an order in which each comes after all it may see.
+        visible (`torch.Tensor` of shape `(n, S)`, *optional*): what each sees; `None`: every slot (or see `causal`).
+        causal (`bool`): whether these are the request's first tokens, each seeing those up to itself.
+        keep (`list[int]`): indices of the tokens whose logits are wanted.
+    """
+
+    request: int
+    ids: list[int]
+    positions: list[int]
+    visible: torch.Tensor | None
+    causal: bool
+    keep: list[int]
 
 
 class ModelStep:
     """Owns the cache and builds what the model needs.
 
     Args:
-        model (`PreTrainedModel`): a Multiverse causal LM.
-        capacity (`int`): cache slots to reserve at first.
+        model (`PreTrainedModel`): a Multiverse causal LM whose attention runs through `path_attention`.
+        requests (`Sequence[Request]`): the requests of the call.
+        headroom (`int`): slots to reserve at first per request, beyond its prompt.
+        implementation (`str`): `"folded"`, or an attention implementation of the model itself.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, requests: Sequence[Request], headroom: int, implementation: str
+    ) -> None:
         self.model = model
-        self.cache = GrowingCache(model.config.num_hidden_layers, capacity)
-        self.labels = 0
-        self._slot_labels = torch.empty(max(capacity, 1), dtype=torch.long, device=model.device)
-        self._slots = 0
+        self.requests = requests
+        self.implementation = implementation
+        capacities = [len(request.prompt) + headroom for request in requests]
+        self.cache = PathCache(model.config.num_hidden_layers, capacities)
+        self.tables = [VisibleSlots(capacity) for capacity in capacities]
+        config = model.config
+        self._group = config.num_attention_heads // config.num_key_value_heads
+        # Stands for a mask that has been prepared, so that the backbone prepares none; attention reads the plan.
+        self._prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
-    def new_label(self) -> int:
-        """A cache-slot label that no branch has yet."""
-        self.labels += 1
-        return self.labels - 1
+    def prefill(self) -> Iterator[tuple[Request, torch.Tensor]]:
+        """Runs the prompts; yields each request with the logits after its last token, shape `(vocabulary,)`."""
+        waiting: list[NewTokens] = []
+        for number in range(len(self.requests)):
+            tokens = self._prompt(number)
+            if waiting and sum(len(each.ids) for each in waiting) + len(tokens.ids) > PREFILL_TOKENS:
+                yield from self._run_prompts(waiting)
+                waiting = []
+            waiting.append(tokens)
+        yield from self._run_prompts(waiting)
 
-    def prefill(self, request: Request) -> torch.Tensor:
-        """Runs a prompt and returns the logits after its last token, shape `(vocabulary,)`."""
-        layout = BranchLayout.from_machine(request.machine)
-        length = len(layout)
-        first = self._slots
-        device = self.model.device
-        self._add_slots(torch.tensor(request.prompt_labels)[layout.branch_ids])
-        mask = torch.zeros(length, self._slots, dtype=torch.bool, device=device)
-        mask[:, first:] = layout.attention_mask().to(device)
-        ids = torch.tensor([request.prompt], device=device)
-        return self._forward(ids, layout.position_ids[None].to(device), mask, torch.tensor([length - 1]))[0]
-
-    def decode(self, branches: list[Branch]) -> torch.Tensor:
-        """Runs the pending tokens of `branches`; logits after each branch's last one, `(branches, vocabulary)`.
+    def decode(self, plan: Sequence[tuple[int, Sequence[Branch]]]) -> torch.Tensor:
+        """Runs the pending tokens of branches; logits after each branch's last one, `(branches, vocabulary)`.
 
         Args:
-            branches (`list[Branch]`): each with pending tokens, which are taken off its queue; in an order in which
-                every token comes after all it may see.
+            plan (`Sequence[tuple[int, Sequence[Branch]]]`): per request its index and branches with pending tokens,
+                which are taken off their queues; in an order in which every token comes after all it may see.
         """
-        device = self.model.device
-        tokens = [(row, token) for row, branch in enumerate(branches) for token in branch.pending]
-        rows = torch.tensor([row for row, _ in tokens])
-        last = torch.cumsum(torch.tensor([len(branch.pending) for branch in branches]), 0) - 1
-        first = self._slots
-        self._add_slots(torch.tensor([branch.number for branch in branches])[rows])
+        return self._forward([self._branches(number, branches) for number, branches in plan])
 
-        sees = torch.zeros(len(branches), self.labels, dtype=torch.bool)
-        for row, branch in enumerate(branches):
-            sees[row, list(branch.visible)] = True
-        slot_labels = self._slot_labels[: self._slots]
-        mask = sees.to(device)[rows.to(device)][:, slot_labels]
-        own_slots = torch.arange(first, self._slots, device=device)
-        mask &= torch.arange(self._slots, device=device) <= own_slots[:, None]
+    def _run_prompts(self, prompts: list[NewTokens]) -> Iterator[tuple[Request, torch.Tensor]]:
+        logits = self._forward(prompts)
+        for row, tokens in enumerate(prompts):
+            yield self.requests[tokens.request], logits[row]
 
-        ids = torch.tensor([[token.id for _, token in tokens]], device=device)
-        positions = torch.tensor([[token.position for _, token in tokens]], device=device)
+    def _prompt(self, number: int) -> NewTokens:
+        """The prompt of a request, and the rows of the branches that it opens."""
+        request, table = self.requests[number], self.tables[number]
+        layout = BranchLayout.from_machine(request.machine)
+        sees = {}
+        for branch in request.branches():
+            if branch.visible is not None:
+                branch.row = table.open_row()
+                allowed = torch.zeros(len(request.machine.parents), dtype=torch.bool)
+                allowed[list(branch.visible)] = True
+                sees[branch.row] = allowed[layout.branch_ids]
+        table.append_block(sees)
+        causal = len(request.machine.parents) == 1
+        return NewTokens(
+            request=number,
+            ids=request.prompt,
+            positions=layout.position_ids.tolist(),
+            visible=None if causal else layout.attention_mask(),
+            causal=causal,
+            keep=[len(layout) - 1],
+        )
+
+    def _branches(self, number: int, branches: Sequence[Branch]) -> NewTokens:
+        """The pending tokens of branches, and what they see."""
+        table = self.tables[number]
+        tokens = NewTokens(number, [], [], None, causal=False, keep=[])
+        rows: list[int] = []
+        merged: list[Branch] = []
         for branch in branches:
+            if branch.row is None:
+                # Opens now; its parent waits and has run all it wrote before the fork.
+                assert branch.parent is not None
+                assert branch.parent.row is not None
+                branch.row = table.open_row(branch.parent.row)
+            for child in branch.absorbed:
+                # Those that ended in this step have just run their last tokens: they stand before their parent.
+                if child.row is not None:
+                    table.absorb(branch.row, child.row)
+                    merged.append(child)
+            branch.absorbed.clear()
+            table.append([branch.row] * len(branch.pending))
+            rows += [branch.row] * len(branch.pending)
+            tokens.ids += [token.id for token in branch.pending]
+            tokens.positions += [token.position for token in branch.pending]
+            tokens.keep.append(len(tokens.ids) - 1)
             branch.pending.clear()
-        return self._forward(ids, positions, mask, last)
+        tokens.visible = table.mask(rows)
+        # Not before: their own last tokens are among the queries.
+        for child in merged:
+            assert child.row is not None
+            table.close_row(child.row)
+            child.row = None
+        return tokens
 
-    def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor
-    ) -> torch.Tensor:
-        """Runs `ids` of shape `(1, T)` under `mask` of shape `(T, S)`; logits of the positions `keep`."""
+    def _forward(self, new: list[NewTokens]) -> torch.Tensor:
+        """Runs the new tokens of several requests; logits of those to keep, `(kept, vocabulary)`."""
+        device = self.model.device
+        self.cache.reserve([(each.request, len(each.ids)) for each in new])
+        segments, keep, first = [], [], 0
+        for each in new:
+            region = self.cache.regions[each.request]
+            end = first + len(each.ids)
+            segments.append(
+                Segment(first, end, region.start, region.length, each.causal, self._mask(each, region.length))
+            )
+            keep += [first + place for place in each.keep]
+            first = end
+            self.requests[each.request].kv_slots = region.length
         outputs = self.model(
-            input_ids=ids,
-            attention_mask=mask[None, None],
-            position_ids=positions,
+            input_ids=torch.tensor([[token for each in new for token in each.ids]], device=device),
+            attention_mask=self._prepared,
+            position_ids=torch.tensor([[position for each in new for position in each.positions]], device=device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=keep.to(ids.device),
+            logits_to_keep=torch.tensor(keep, device=device),
             return_dict=True,
+            path_plan=StepPlan(segments, self.implementation),
         )
         return outputs.logits[0]
 
-    def _add_slots(self, labels: torch.Tensor) -> None:
-        end = self._slots + labels.shape[0]
-        if end > self._slot_labels.shape[0]:
-            larger = self._slot_labels.new_empty(max(end, 2 * self._slot_labels.shape[0]))
-            larger[: self._slots] = self._slot_labels[: self._slots]
-            self._slot_labels = larger
-        self._slot_labels[self._slots : end] = labels.to(self._slot_labels.device)
-        self._slots = end
+    def _mask(self, new: NewTokens, slots: int) -> object:
+        """`new.visible` in the form that the implementation wants."""
+        visible, dtype, device = new.visible, self.model.dtype, self.model.device
+        if self.implementation == "folded":
+            return None if visible is None else fold_mask(visible.to(device, non_blocking=True), self._group, dtype)
+        if new.causal and len(new.ids) > 1:
+            visible = torch.ones(slots, slots, dtype=torch.bool).tril_()
+        if visible is None:
+            return None
+        return explicit_mask(self.implementation, visible.to(device)[None, None], dtype)

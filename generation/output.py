@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from .branch import Branch, Token
 from .request import Request
+from .sampling import SamplingOptions
 
 
 @dataclass
@@ -37,10 +38,13 @@ class RequestReport:
     """How one request went.
 
     Attributes:
-        finish_reason (`str`, *optional*): `"eos"`, `"length"` or `"stopped"`.
+        finish_reason (`str`, *optional*): why it ended, see `Request`.
         generated_tokens (`int`): tokens made in all branches, forced ones included.
         forced_tokens (`int`): tokens the engine wrote without asking the model.
         sequential_steps (`int`): rounds of sampling, the length of the critical path.
+        kv_slots (`int`): cache slots in use at the end; a token that ends the request needs none.
+        seconds (`dict[str, float]`): wall time by stage: `"prefill"`, `"sequential"`, `"map"`, `"process"`,
+            `"reduce"`. A step of a batch counts in full for each request in it.
         branches (`list[BranchReport]`): root first, then the paths in linear order.
     """
 
@@ -48,6 +52,8 @@ class RequestReport:
     generated_tokens: int
     forced_tokens: int
     sequential_steps: int
+    kv_slots: int
+    seconds: dict[str, float]
     branches: list[BranchReport]
 
     @property
@@ -68,6 +74,8 @@ class RequestReport:
             generated_tokens=len(tokens),
             forced_tokens=sum(token.forced for token in tokens),
             sequential_steps=request.steps,
+            kv_slots=request.kv_slots,
+            seconds=dict(request.seconds),
             branches=[_report(branch) for branch in request.branches()],
         )
 
@@ -84,8 +92,12 @@ class MultiverseGenerateOutput(ModelOutput):
             prompt, forced tokens and padding.
         branch_ids (`torch.LongTensor` of shape `(B, N)`): branch of every token, -1 for padding.
         position_ids (`torch.LongTensor` of shape `(B, N)`): rotary position of every token, 0 for padding.
+        logprobs (`torch.DoubleTensor` of shape `(B, N)`): log-probability of every sampled token under the model's raw
+            logits; NaN where `sampled` is False.
         logits (`tuple[torch.FloatTensor]`, *optional*, with `output_logits=True`): per row the raw logits that every
             sampled token was drawn from, shape `(sampled tokens of the row, vocabulary)`, in linear order.
+        scores (`tuple[torch.FloatTensor]`, *optional*, with `output_scores=True`): likewise the logits after the
+            structure guard and the logits processors.
         blocks (`list[list[Block]]`): per row the tree of blocks, spans counted from the row's first real token.
         reports (`list[RequestReport]`): per row.
     """
@@ -94,13 +106,19 @@ class MultiverseGenerateOutput(ModelOutput):
     sampled: torch.Tensor | None = None
     branch_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
     logits: tuple[torch.Tensor, ...] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
     blocks: list[list[Block]] | None = None
     reports: list[RequestReport] | None = None
 
 
 def collect_output(
-    input_ids: torch.Tensor, real: torch.Tensor, requests: list[Request], pad_token_id: int, with_logits: bool
+    input_ids: torch.Tensor,
+    real: torch.Tensor,
+    requests: list[Request],
+    pad_token_id: int,
+    kept: SamplingOptions,
 ) -> MultiverseGenerateOutput:
     """Puts the requests' tokens in linear order behind their prompts.
 
@@ -109,7 +127,7 @@ def collect_output(
         real (`torch.BoolTensor` of shape `(B, prompt)`): False where `input_ids` is padding.
         requests (`list[Request]`): one per row.
         pad_token_id (`int`): fills up shorter rows.
-        with_logits (`bool`): whether the tokens carry their logits.
+        kept (`SamplingOptions`): says what the tokens carry.
     """
     tokens = [request.root.tokens() for request in requests]
     prompt = input_ids.shape[1]
@@ -120,11 +138,15 @@ def collect_output(
     sampled = torch.zeros(shape, dtype=torch.bool)
     branch_ids = torch.full(shape, -1, dtype=torch.long)
     position_ids = torch.zeros(shape, dtype=torch.long)
+    logprobs = torch.full(shape, torch.nan, dtype=torch.float64)
     blocks = []
     for row, (request, made) in enumerate(zip(requests, tokens, strict=True)):
         end = prompt + len(made)
         sequences[row, prompt:end] = torch.tensor([token.id for token in made], dtype=torch.long)
         sampled[row, prompt:end] = torch.tensor([not token.forced for token in made], dtype=torch.bool)
+        if kept.keep_logprobs:
+            values = [torch.nan if token.choice is None else token.choice.logprob for token in made]
+            logprobs[row, prompt:end] = torch.tensor(values, dtype=torch.float64)
         layout = BranchLayout.from_token_ids([*request.prompt, *(token.id for token in made)], request.rules.token_ids)
         places = torch.cat([real[row].nonzero().flatten(), torch.arange(prompt, end)])
         branch_ids[row, places] = layout.branch_ids
@@ -136,15 +158,18 @@ def collect_output(
         sampled=sampled.to(device),
         branch_ids=branch_ids.to(device),
         position_ids=position_ids.to(device),
-        logits=tuple(_stacked_logits(row) for row in tokens) if with_logits else None,
+        logprobs=logprobs.to(device) if kept.keep_logprobs else None,
+        logits=tuple(_stacked(row, "logits") for row in tokens) if kept.keep_logits else None,
+        scores=tuple(_stacked(row, "scores") for row in tokens) if kept.keep_scores else None,
         blocks=blocks,
         reports=[RequestReport.of(request) for request in requests],
     )
 
 
-def _stacked_logits(tokens: list[Token]) -> torch.Tensor:
-    logits = [token.logits for token in tokens if token.logits is not None]
-    return torch.stack(logits) if logits else torch.empty(0, 0)
+def _stacked(tokens: list[Token], name: str) -> torch.Tensor:
+    """What the sampled tokens keep under `name`, shape `(sampled tokens, vocabulary)`."""
+    kept = [getattr(token.choice, name) for token in tokens if token.choice is not None]
+    return torch.stack(kept) if kept else torch.empty(0, 0)
 
 
 def _report(branch: Branch) -> BranchReport:

@@ -19,10 +19,10 @@ def adopt_prompt(request: "Request") -> None:
     prompt's last token runs on, and its siblings that have an outline but no path yet are forked beside it.
 
     Args:
-        request (`Request`): with its prompt, rules, `machine` and `prompt_labels` set.
+        request (`Request`): with its prompt, rules, `machine` and `root` set.
     """
     machine, read_label = request.machine, request.rules.header.read_label
-    visible = _visible_labels(request)
+    visible = _visible_branches(request)
     stacks = _open_tags(request)
 
     branch = request.root
@@ -36,7 +36,7 @@ def adopt_prompt(request: "Request") -> None:
         labels = path_labels(branch.label, [read_label(request.prompt, path.start + 1)[0] for path in block.paths])
         paths = []
         for label, path in zip(labels, block.paths, strict=True):
-            paths.append(Branch(request.prompt_labels[path.branch], branch, label, path, visible=visible[path.branch]))
+            paths.append(Branch(path.branch, branch, label, path, visible=visible[path.branch]))
             paths[-1].status, paths[-1].finish_reason = BranchStatus.FINISHED, "closed"
         waiting.append((branch, block, paths))
         # A path after the conclusion takes the block back to where its conclusion is still to come.
@@ -47,6 +47,8 @@ def adopt_prompt(request: "Request") -> None:
         branch.grammar = TagGrammar(stack=stack if stack and stack[0].name == "Path" else [OpenTag("Path", 0), *stack])
 
     branch.next_position = machine.next_position
+    for each in (branch, *(parent for parent, _, _ in waiting)):
+        request.count_open_tags(each)
     kept = _recall(request, [branch, *(each for parent, _, paths in waiting for each in (parent, *paths[:-1]))])
     innermost = machine.open_blocks[-1] if machine.open_blocks else None
     # Read now: a fork adds its paths to the same block.
@@ -65,6 +67,7 @@ def adopt_prompt(request: "Request") -> None:
         if path_closed:
             assert branch.path is not None
             branch.grammar.stack.clear()
+            request.count_open_tags(branch)
             request.finish_path(branch, "closed", branch.path.last_position, separator=last_tag == "</Path>")
     elif innermost.conclusion is None and not innermost.paths:
         if innermost.goal_close is None:
@@ -86,19 +89,19 @@ def path_labels(prefix: str, written: list[str | None]) -> list[str]:
     return [label or f"{start}{number}" for number, label in enumerate(written, start=1)]
 
 
-def _visible_labels(request: "Request") -> list[set[int]]:
-    """Cache-slot labels that each branch of the prompt may see from now on.
+def _visible_branches(request: "Request") -> list[set[int]]:
+    """Branch ids of the prompt that each branch of the prompt may see from now on.
 
     A parent gets its paths into sight when their block reduces; until then they must not reach it, or the siblings
     that are still to be forked from it would inherit them.
     """
-    machine, labels = request.machine, request.prompt_labels
+    machine = request.machine
     table = compatible_branches(machine)
     for block in machine.open_blocks:
         if block.in_path:
-            for first, end in [*block.path_branches, (block.paths[-1].branch, len(labels))]:
+            for first, end in [*block.path_branches, (block.paths[-1].branch, len(table))]:
                 table[block.branch, first:end] = False
-    return [{labels[column] for column in row.nonzero().flatten().tolist()} for row in table]
+    return [set(row.nonzero().flatten().tolist()) for row in table]
 
 
 def _open_tags(request: "Request") -> list[list[OpenTag]]:
@@ -117,9 +120,10 @@ def _open_tags(request: "Request") -> list[list[OpenTag]]:
 
 def _recall(request: "Request", branches: list[Branch]) -> dict[int, int]:
     """Gives each branch the part of the prompt it may see; returns, for the first one, index in it by prompt index."""
-    owners = [request.prompt_labels[branch] for branch in expand_runs(request.machine)[0].tolist()]
+    owners = expand_runs(request.machine)[0].tolist()
     kept: dict[int, int] = {}
     for number, branch in enumerate(dict.fromkeys([*branches, request.root])):
+        assert branch.visible is not None
         indices = [index for index, owner in enumerate(owners) if owner in branch.visible]
         branch.history = [request.prompt[index] for index in indices]
         branch.inherited = len(branch.history)

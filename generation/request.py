@@ -4,16 +4,16 @@ Plain Python: no model and no tensors but the logits a token may carry, so every
 Layout contract, section 7.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
-import torch
 from multiverse.forced import HeaderTokens
 from multiverse.layout import read_sequence
 from multiverse.problems import OpenTag
 from multiverse.structure import Block, StructureMachine
 
-from .branch import Branch, BranchStatus, Fork, Token
+from .branch import Branch, BranchStatus, Choice, Token
 from .prompt import adopt_prompt, path_labels
 
 
@@ -27,6 +27,8 @@ class RequestRules:
         eos_token_ids (`frozenset[int]`): tokens that end a request, or a path.
         max_new_tokens (`int`): tokens a request may add in all its branches, forced ones included.
         max_path_tokens (`int`, *optional*): tokens a path may hold itself, its header included, before it is closed.
+        max_depth (`int`, *optional*): most blocks around a token; no block is opened in a path that deep.
+        max_sequential_steps (`int`, *optional*): rounds of sampling before everything open is closed.
     """
 
     token_ids: Mapping[str, int]
@@ -34,10 +36,21 @@ class RequestRules:
     eos_token_ids: frozenset[int]
     max_new_tokens: int
     max_path_tokens: int | None = None
+    max_depth: int | None = None
+    max_sequential_steps: int | None = None
     tag_of_id: dict[int, str] = field(init=False)
+    _banned: dict[tuple[frozenset[str], bool], tuple[int, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tag_of_id", {token_id: tag for tag, token_id in self.token_ids.items()})
+
+    def banned(self, allowed: frozenset[str], may_end: bool) -> tuple[int, ...]:
+        """Ids of all tags that are not `allowed`, and the end-of-sequence tokens unless the sequence `may_end`."""
+        key = (allowed, may_end)
+        if key not in self._banned:
+            tags = [token_id for tag, token_id in self.token_ids.items() if tag not in allowed]
+            self._banned[key] = tuple(tags if may_end else [*tags, *sorted(self.eos_token_ids)])
+        return self._banned[key]
 
 
 class Request:
@@ -49,30 +62,34 @@ class Request:
     Args:
         prompt (`list[int]`): token ids without padding.
         rules (`RequestRules`): limits and tags.
-        new_label (`Callable[[], int]`): gives cache-slot labels that no other branch has.
 
     Attributes:
         machine (`StructureMachine`): structure of the prompt.
-        prompt_labels (`list[int]`): cache-slot label of every branch of the prompt.
         root (`Branch`): branch 0.
         made (`int`): tokens generated so far.
+        closing_cost (`int`): tokens it takes to close everything that is open, one per open tag and two more for a
+            block that has no `<Conclusion>` yet. `max_new_tokens` always leaves room for them.
         steps (`int`): sequential steps so far, a step being one round of sampling.
-        finish_reason (`str`, *optional*): `"eos"`, `"length"`, or `"stopped"` by a stopping criterion; `None` while
-            it runs.
+        finish_reason (`str`, *optional*): `"eos"`, `"length"`, `"max_sequential_steps"`, `"max_time"`, `"stopped"` by
+            another stopping criterion, `"interrupted"` by an exception; `None` while it runs.
+        kv_slots (`int`): cache slots in use, kept by the model step.
+        seconds (`dict[str, float]`): wall time by stage: `"prefill"`, and what `stage` names.
     """
 
-    def __init__(self, prompt: list[int], rules: RequestRules, new_label: Callable[[], int]) -> None:
+    def __init__(self, prompt: list[int], rules: RequestRules) -> None:
         self.prompt = prompt
         self.rules = rules
-        self.new_label = new_label
         self.made = 0
+        self.closing_cost = 0
         self.steps = 0
         self.finish_reason: str | None = None
+        self.kv_slots = 0
+        self.seconds: dict[str, float] = {}
         self.machine: StructureMachine = read_sequence(prompt, rules.token_ids)
-        self.prompt_labels = [new_label() for _ in self.machine.parents]
-        self.root = Branch(number=self.prompt_labels[0])
+        self.root = Branch(number=0)
+        self._branch_numbers = count(len(self.machine.parents))
         adopt_prompt(self)
-        needed = self.made + self.closing_cost()
+        needed = self.made + self.closing_cost
         if needed > rules.max_new_tokens:
             raise ValueError(
                 f"`max_new_tokens` is {rules.max_new_tokens}, but it takes {needed} tokens to close what "
@@ -88,22 +105,45 @@ class Request:
         """All branches in linear order of their beginnings."""
         return self.root.tree()
 
-    def banned_tokens(self, branch: Branch) -> list[int]:
+    @property
+    def stage(self) -> str:
+        """`"map"` inside the root's goal, `"process"` while its paths run, `"reduce"` inside its conclusion, and
+        `"sequential"` outside a block."""
+        if self.root.status is BranchStatus.WAITING:
+            return "process"
+        block = self.root.grammar.block()
+        if block is None:
+            return "sequential"
+        return "reduce" if block.conclusions else "map"
+
+    def count_seconds(self, stage: str, seconds: float) -> None:
+        """Adds wall time to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def end_step(self) -> None:
+        """Ends a round of sampling in which the request took part."""
+        limit = self.rules.max_sequential_steps
+        if limit is not None and self.steps >= limit and not self.finished:
+            self.close("max_sequential_steps")
+
+    def banned_tokens(self, branch: Branch) -> tuple[int, ...]:
         """Tags, and end-of-sequence tokens, that would break the structure if `branch` sampled them now."""
         allowed = branch.grammar.allowed()
-        banned = [token_id for tag, token_id in self.rules.token_ids.items() if tag not in allowed]
-        return banned if self._may_end(branch) else [*banned, *self.rules.eos_token_ids]
+        if "<Parallel>" in allowed and self.rules.max_depth is not None and branch.depth >= self.rules.max_depth:
+            allowed -= {"<Parallel>"}
+        return self.rules.banned(allowed, self._may_end(branch))
 
-    def accept(self, branch: Branch, token_id: int, logits: torch.Tensor | None = None) -> None:
+    def accept(self, branch: Branch, choice: Choice) -> None:
         """Takes a sampled token into `branch` and does everything that follows from it."""
-        if self.made + self.closing_cost() + self._growth(branch, token_id) > self.rules.max_new_tokens:
+        token_id = choice.token_id
+        if self.made + self.closing_cost + self._growth(branch, token_id) > self.rules.max_new_tokens:
             self.close("length")
             return
         if token_id in self.rules.eos_token_ids and branch.parent is not None:
             # No end-of-sequence token may stand inside a path: readers cut an answer at the first one.
             self._close_path(branch, "eos")
         else:
-            self._write(branch, token_id, forced=False, logits=logits)
+            self._write(branch, token_id, choice)
             if token_id in self.rules.eos_token_ids:
                 self.finish_reason = "eos"
                 return
@@ -111,23 +151,12 @@ class Request:
                 self._read_tag(branch, self.rules.tag_of_id[token_id])
         limit = self.rules.max_path_tokens
         running_path = branch.parent is not None and branch.status is BranchStatus.RUNNING
-        room = self.rules.max_new_tokens - self.made - self.closing_cost()
+        room = self.rules.max_new_tokens - self.made - self.closing_cost
         over_limit = limit is not None and running_path and branch.written >= limit - 1
         if over_limit and self._may_end(branch) and room >= len(self.rules.header.separator):
             self._close_path(branch, "max_path_tokens")
-        if not self.finished and self.made + self.closing_cost() >= self.rules.max_new_tokens:
+        if not self.finished and self.made + self.closing_cost >= self.rules.max_new_tokens:
             self.close("length")
-
-    def closing_cost(self) -> int:
-        """Tokens it takes to close everything that is open; `max_new_tokens` always leaves room for them.
-
-        One per open tag, and two more for a block that has no `<Conclusion>` yet.
-        """
-        return sum(
-            3 if entry.name == "Parallel" and not entry.conclusions else 1
-            for branch in self.branches()
-            for entry in _to_close(branch)
-        )
 
     def close(self, reason: str) -> None:
         """Ends the request, closing what is open so that siblings stay apart in the linear text.
@@ -140,16 +169,13 @@ class Request:
         self.finish_reason = reason
 
     def _close_branch(self, branch: Branch) -> None:
-        for item in list(branch.items):
-            if isinstance(item, Fork):
-                for child in item.children:
-                    self._close_branch(child)
+        for fork in list(branch.forks):
+            for child in fork.children:
+                self._close_branch(child)
         while left := _to_close(branch):
             position = branch.next_position
             unreduced = left[-1].name == "Parallel" and not left[-1].conclusions
-            tag = "<Conclusion>" if unreduced else f"</{left[-1].name}>"
-            self._write(branch, self.rules.token_ids[tag], forced=True)
-            branch.grammar.read(tag, len(branch.history) - 1)
+            self._force_tag(branch, "<Conclusion>" if unreduced else f"</{left[-1].name}>")
             if branch.parent is not None and not branch.grammar.stack:
                 self.finish_path(branch, None, position, separator=False)
 
@@ -179,19 +205,20 @@ class Request:
             return not branch.grammar.inside_block()
         return [entry.name for entry in branch.grammar.stack] == ["Path"]
 
-    def _write(self, branch: Branch, token_id: int, forced: bool, logits: torch.Tensor | None = None) -> None:
-        branch.write(Token(token_id, branch.next_position, forced, self.steps, logits))
+    def _write(self, branch: Branch, token_id: int, choice: Choice | None = None) -> None:
+        branch.write(Token(token_id, branch.next_position, choice, self.steps))
         self.made += 1
 
     def force(self, branch: Branch, token_ids: list[int]) -> None:
         """Writes tokens that the model is not asked for."""
         for token_id in token_ids:
-            self._write(branch, token_id, forced=True)
+            self._write(branch, token_id)
 
     def _read_tag(self, branch: Branch, tag: str) -> None:
         """Follows a tag that was just written to `branch`."""
         index = len(branch.history)
         branch.grammar.read(tag, index - 1)
+        self.count_open_tags(branch)
         if tag == "<Parallel>":
             branch.blocks.append(Block(branch=branch.number, start=index - 1))
         elif tag == "<Outline>" and branch.blocks:
@@ -219,11 +246,10 @@ class Request:
             labels (`list[str]`): label of every path.
             started (`list[Branch]`): paths that exist already (a prompt that ends inside the block).
         """
-        fork = Fork(block, list(started))
-        branch.items.append(fork)
-        branch.status = BranchStatus.WAITING
+        fork = branch.open_fork(block, list(started))
         for label in labels[len(started) :]:
-            child = branch.child(self.new_label(), label, block)
+            child = branch.child(next(self._branch_numbers), label, block)
+            self.count_open_tags(child)
             fork.children.append(child)
             self.force(child, [self.rules.token_ids["<Path>"], *self.rules.header.separator])
             self.force(child, self.rules.header.write_label(label))
@@ -232,8 +258,9 @@ class Request:
     def _close_path(self, branch: Branch, reason: str) -> None:
         """Ends a path that did not end itself."""
         position = branch.next_position
-        self._write(branch, self.rules.token_ids["</Path>"], forced=True)
+        self._write(branch, self.rules.token_ids["</Path>"])
         branch.grammar.stack.clear()
+        self.count_open_tags(branch)
         self.finish_path(branch, reason, position)
 
     def finish_path(self, branch: Branch, reason: str | None, close_position: int, separator: bool = True) -> None:
@@ -248,12 +275,22 @@ class Request:
 
     def merge_if_finished(self, branch: Branch) -> None:
         """Reduce: once all paths have ended the parent goes on with `<Conclusion>`, seeing every one of them."""
-        fork = next(item for item in reversed(branch.items) if isinstance(item, Fork))
+        fork = branch.forks[-1]
         if not fork.finished:
             return
         branch.merge(fork)
-        self._write(branch, self.rules.token_ids["<Conclusion>"], forced=True)
-        branch.grammar.read("<Conclusion>", len(branch.history) - 1)
+        self._force_tag(branch, "<Conclusion>")
+
+    def _force_tag(self, branch: Branch, tag: str) -> None:
+        self._write(branch, self.rules.token_ids[tag])
+        branch.grammar.read(tag, len(branch.history) - 1)
+        self.count_open_tags(branch)
+
+    def count_open_tags(self, branch: Branch) -> None:
+        """Brings `closing_cost` up to date after the open tags of `branch` have changed."""
+        cost = sum(3 if entry.name == "Parallel" and not entry.conclusions else 1 for entry in _to_close(branch))
+        self.closing_cost += cost - branch.closing_cost
+        branch.closing_cost = cost
 
 
 def _to_close(branch: Branch) -> list[OpenTag]:

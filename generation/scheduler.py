@@ -2,40 +2,44 @@
 
 from collections.abc import Iterable
 
-from .branch import Branch, BranchStatus, Fork
+from .branch import Branch, BranchStatus
 from .request import Request
 
 
-def branches_to_run(request: Request, parallel: bool) -> list[Branch]:
-    """The branches of one request that take part in the next forward pass, in linear order.
+def branches_to_run(request: Request, width: int | None = None) -> list[Branch]:
+    """The branches of one request that take part in the next forward pass.
 
-    In parallel mode these are all branches with tokens to run. In sequential mode the same tree is walked one path at
-    a time: everything up to the first branch that is still being sampled.
+    They stand in an order in which every token comes after all it may see. Of the branches that are being sampled the
+    first `width` in linear order take part; the others keep their tokens until their turn. So a width of 1 walks the
+    same tree one path at a time.
 
     Args:
         request (`Request`): unfinished.
-        parallel (`bool`): whether sibling paths run side by side.
+        width (`int`, *optional*): most branches to sample side by side; all of them by default.
     """
-    chosen = []
+    chosen: list[Branch] = []
+    sampled = 0
     for branch in _run_order(request.root):
         if branch.pending:
             chosen.append(branch)
-        if not parallel and branch.status is BranchStatus.RUNNING:
-            break
+        if branch.status is BranchStatus.RUNNING:
+            sampled += 1
+            if sampled == width:
+                break
     return chosen
 
 
 def _run_order(branch: Branch) -> Iterable[Branch]:
-    """Branches in the order in which their pending tokens may see each other.
+    """The branch and those below it that may still hold tokens to run.
 
-    A waiting parent's tokens come before its paths' (they stand before the fork), a merged parent's after them.
+    A waiting parent's tokens come before its paths' (they stand before the fork), a merged parent's after them. Only
+    the last fork matters: a fork is opened by a sampled token, and by then all that came before it has been run.
     """
     waiting = branch.status is BranchStatus.WAITING
     if waiting:
         yield branch
-    for item in branch.items:
-        if isinstance(item, Fork):
-            for child in item.children:
-                yield from _run_order(child)
+    if branch.forks:
+        for child in branch.forks[-1].children:
+            yield from _run_order(child)
     if not waiting:
         yield branch

@@ -1,6 +1,6 @@
 """Streams: an ordinary streamer in linear order, and one that is shown every branch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -43,23 +43,28 @@ class LinearFeed:
 
     def __init__(self, streamer: BaseStreamer) -> None:
         self.streamer = streamer
-        self.passed = 0
+        self._tokens: Iterator[Token | None] | None = None
 
     def put_step(self, requests: Sequence[Request]) -> None:
         """Passes on what has become certain."""
-        request = requests[0]
-        settled: list[int] = []
-        _settled_tokens(request.root, settled, everything=request.finished)
-        for token_id in settled[self.passed :]:
-            self.streamer.put(torch.tensor([token_id]))
-        self.passed = len(settled)
+        if self._tokens is None:
+            self._tokens = _settled_tokens(requests[0].root)
+        while (token := next(self._tokens)) is not None:
+            self.streamer.put(torch.tensor([token.id]))
 
 
-def _settled_tokens(branch: Branch, found: list[int], everything: bool) -> bool:
-    """Collects token ids up to the first place where another token may still come; False if there is one."""
-    for item in branch.items:
-        if isinstance(item, Token):
-            found.append(item.id)
-        elif not all(_settled_tokens(child, found, everything) for child in item.children):
-            return False
-    return everything or branch.status is BranchStatus.FINISHED
+def _settled_tokens(branch: Branch) -> Iterator[Token | None]:
+    """Yields tokens in linear order, and `None` wherever more may still come before the next one."""
+    index = 0
+    while True:
+        for item in branch.items[index:]:
+            index += 1
+            if isinstance(item, Token):
+                yield item
+                continue
+            for child in item.children:
+                yield from _settled_tokens(child)
+        if index == len(branch.items):
+            if branch.status is BranchStatus.FINISHED:
+                return
+            yield None

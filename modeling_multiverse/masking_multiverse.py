@@ -186,8 +186,8 @@ def compatible_mask_function(branches: torch.Tensor, compatible: torch.Tensor) -
     return compatible_branch
 
 
-def explicit_mask(config, attention_mask: torch.Tensor, dtype: torch.dtype) -> object:
-    """Brings a caller's 4D mask into the form that the attention implementation really honours.
+def explicit_mask(implementation: str | None, attention_mask: torch.Tensor, dtype: torch.dtype) -> object:
+    """Brings a 4D mask into the form that an attention implementation really honours.
 
     A bool mask of shape `(B, 1, Q, S)` (True = may attend) is right on every supported backend after this; passed on
     as it is, eager attention would add 0 and 1 to the scores and leak without a word. Additive float masks are handed
@@ -195,7 +195,6 @@ def explicit_mask(config, attention_mask: torch.Tensor, dtype: torch.dtype) -> o
     """
     if attention_mask.dtype != torch.bool:
         return attention_mask
-    implementation = config._attn_implementation
     if implementation == "sdpa":
         return attention_mask
     if implementation in ("eager", None):

@@ -67,7 +67,8 @@ class MultiverseModelMixin:
             raise ValueError(
                 "`inputs_embeds` carries no tags, but `past_key_values` holds blocks to go on from. Pass `input_ids`."
             )
-        if input_ids is not None and self.config.multiverse_token_ids:
+        # A step of the engine brings its own structure.
+        if input_ids is not None and self.config.multiverse_token_ids and "path_plan" not in kwargs:
             state = CachedStructure.of(past_key_values)
             attention_mask, position_ids = self._apply_structure(
                 state, input_ids, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
@@ -114,7 +115,7 @@ class MultiverseModelMixin:
                 )
             state.external, state.length = True, state.length + input_ids.shape[1]
             if isinstance(attention_mask, torch.Tensor):
-                attention_mask = explicit_mask(self.config, attention_mask, self.dtype)
+                attention_mask = explicit_mask(self.config._attn_implementation, attention_mask, self.dtype)
             return attention_mask, position_ids
         if tagged and state.external:
             raise ValueError(

@@ -130,13 +130,13 @@ def padded(prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
 def decode(
     model: MultiverseForCausalLM, prompts: Sequence[Sequence[int]], *processors: LogitsProcessor, **options: Any
 ) -> MultiverseGenerateOutput:
-    """`generate()` with everything it can return."""
+    """`generate()` with everything it can return; what is sampled repeats."""
     return model.generate(
         **padded(prompts),
         logits_processor=LogitsProcessorList(processors),
         return_dict_in_generate=True,
         output_logits=True,
-        **{"max_new_tokens": 60, **options},
+        **{"max_new_tokens": 60, "seed": 0, **options},
     )
 
 

@@ -6,14 +6,13 @@ branch that is asked grow by one answer.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from multiverse import BranchLayout
 from multiverse.forced import HeaderTokens
-from multiverse.generation.branch import Branch, BranchStatus, Fork, Token
+from multiverse.generation.branch import Branch, BranchStatus, Choice, Fork, Token
 from multiverse.generation.request import Request, RequestRules
 from multiverse.generation.scheduler import branches_to_run
 from strategies import trees, truncated
@@ -62,11 +61,10 @@ def rules(max_new_tokens: int = PLENTY, separator: Sequence[int] = (NEWLINE,), *
 
 
 def new_request(prompt: Sequence[int], limits: RequestRules | None = None) -> Request:
-    numbers = count()
-    return Request(list(prompt), limits or rules(), lambda: next(numbers))
+    return Request(list(prompt), limits or rules())
 
 
-Choice = Callable[[Request, Branch], int]
+Chooser = Callable[[Request, Branch], int]
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Play:
     rounds: list[list[Branch]] = field(default_factory=list)
 
 
-def play(request: Request, choose: Choice, parallel: bool = True) -> Play:
+def play(request: Request, choose: Chooser, width: int | None = None) -> Play:
     """Decodes to the end; after every answer, what is open must still fit into the budget."""
     played = Play()
     asked = [branch for branch in request.branches() if branch.status is BranchStatus.RUNNING and not branch.pending]
@@ -87,11 +85,11 @@ def play(request: Request, choose: Choice, parallel: bool = True) -> Play:
             request.steps += 1
         for branch, answer in [(branch, choose(request, branch)) for branch in asked]:
             if not request.finished:
-                request.accept(branch, answer)
-                assert request.made + request.closing_cost() <= request.rules.max_new_tokens
+                request.accept(branch, Choice(answer))
+                assert request.made + request.closing_cost <= request.rules.max_new_tokens
         if request.finished:
             return played
-        plan = branches_to_run(request, parallel)
+        plan = branches_to_run(request, width)
         assert plan
         for branch in plan:
             played.run += branch.pending
@@ -99,11 +97,11 @@ def play(request: Request, choose: Choice, parallel: bool = True) -> Play:
         asked = [branch for branch in plan if branch.status is BranchStatus.RUNNING]
 
 
-def following(script: Script) -> Choice:
+def following(script: Script) -> Chooser:
     return lambda request, branch: script.answer(branch.history)
 
 
-def picking(numbers: Sequence[int]) -> Choice:
+def picking(numbers: Sequence[int]) -> Chooser:
     """Answers that are not banned, by the given numbers; plain words once those are used up."""
     left = iter(numbers)
 
@@ -151,7 +149,7 @@ def check_finished(request: Request, histories: bool = True) -> BranchLayout:
     assert len(set().union(*places.values())) == len(places), "two branches are two branches of the text"
     prompt_branches = sorted(set(layout.branch_ids[:first].tolist()))
     for branch in prompt_branches:
-        assert places.get(request.prompt_labels[branch], {branch}) == {branch}
+        assert places.get(branch, {branch}) == {branch}
 
     seen = layout.attention_mask()
     last = {branch: index for index, (branch, _) in enumerate(written, start=first)}

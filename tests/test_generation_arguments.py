@@ -49,7 +49,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no cache": ({"input_ids": IDS, "use_cache": False}, "use_cache"),
     "encoder penalty": ({"input_ids": IDS, "encoder_repetition_penalty": 1.5}, "encoder_repetition_penalty"),
     "encoder n-grams": ({"input_ids": IDS, "encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size"),
-    "scores": ({"input_ids": IDS, "output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+    "seed as text": ({"input_ids": IDS, "seed": "7"}, "`seed`"),
+    "seeds of other rows": ({"input_ids": IDS, "seed": [7, 8, 9], "do_sample": True}, "`seed`"),
+    "unknown decode attention": ({"input_ids": IDS, "decode_attention": "fast"}, "`decode_attention`"),
+    "no depth": ({"input_ids": IDS, "max_depth": 0}, "`max_depth`"),
+    "half a path at a time": ({"input_ids": IDS, "max_paths": 0.5}, "`max_paths`"),
+    "no steps": ({"input_ids": IDS, "max_sequential_steps": 0}, "`max_sequential_steps`"),
     "attentions": (
         {"input_ids": IDS, "output_attentions": True, "return_dict_in_generate": True},
         "output_attentions",

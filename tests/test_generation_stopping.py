@@ -59,7 +59,7 @@ def test_time_that_is_up_ends_the_request_closed(name: str) -> None:
     prompt = tiny_ids(PROMPTS[name])
     output = decode(tiny_model(), [prompt], Boost(), max_time=0.0)
     report = output.reports[0]
-    assert (report.finish_reason, report.sequential_steps) == ("stopped", 1)
+    assert (report.finish_reason, report.sequential_steps) == ("max_time", 1)
     kinds = {problem.kind for problem in layout_of(text_of(output)).problems}
     assert not kinds & {"stray close", "path outside a block", "unclosed block"}
 

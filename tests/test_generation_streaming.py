@@ -17,7 +17,7 @@ from decoding import (
     real_tokens,
     text_of,
 )
-from multiverse.generation.branch import Branch, BranchStatus
+from multiverse.generation.branch import BranchStatus
 from tiny import tiny_ids, tiny_model
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
@@ -105,14 +105,3 @@ def test_engine_positions_are_those_of_the_layout() -> None:
     for row, (request, prompt) in enumerate(zip(watch.requests, prompts, strict=True)):
         layout = layout_of(real_tokens(output, prompts, row))
         assert [token.position for token in request.root.tokens()] == layout.position_ids[len(prompt) :].tolist()
-
-
-def test_paths_of_different_requests_do_not_share_labels() -> None:
-    watch = Watch()
-    decode(tiny_model(), [tiny_ids(text) for text in PROMPTS.values()], Boost(), streamer=watch)
-
-    def numbers(branch: Branch) -> list[int]:
-        return [each.number for each in branch.tree()]
-
-    found = [number for request in watch.requests for number in numbers(request.root)]
-    assert len(found) == len(set(found))

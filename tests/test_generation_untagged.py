@@ -22,8 +22,12 @@ def plain_model(model: MultiverseForCausalLM, architecture: str) -> Any:
 UNTAGGED_OPTIONS = {
     "greedy": {},
     "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-    "sampled": {"do_sample": True, "top_k": 0},
-    "sampled by nucleus": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20},
+}
+SAMPLING_OPTIONS = {
+    "plain": {"top_k": 0},
+    "nucleus": {"temperature": 0.7, "top_p": 0.9, "top_k": 20},
+    "typical": {"typical_p": 0.8, "top_k": 0},
+    "least probability": {"min_p": 0.02, "epsilon_cutoff": 0.001, "repetition_penalty": 1.2},
 }
 
 
@@ -36,11 +40,32 @@ def test_untagged_decoding_is_that_of_the_base_class(name: str, architecture: st
     bans: list[dict[str, Any]] = [{"suppress_tokens": banned}, {"bad_words_ids": [[token_id] for token_id in banned]}]
     for seed, text in enumerate(("a", "a b c d", "x y 1 : _ z", "q")):
         given = {"input_ids": torch.tensor([tiny_ids(text)]), **UNTAGGED_OPTIONS[name], **bans[seed % 2]}
-        rows = []
-        for each in (model, base):
-            torch.manual_seed(seed)
-            rows.append(each.generate(**given, max_new_tokens=25)[0].tolist())
+        rows = [each.generate(**given, max_new_tokens=25)[0].tolist() for each in (model, base)]
         assert rows[0] == rows[1]
+
+
+@every_architecture
+@pytest.mark.parametrize("name", list(SAMPLING_OPTIONS))
+def test_untagged_tokens_are_drawn_from_the_scores_of_the_base_class(name: str, architecture: str) -> None:
+    model = tiny_model(architecture)
+    base = plain_model(model, architecture)
+    ids = torch.tensor([tiny_ids("a b c d")])
+    options = {
+        **SAMPLING_OPTIONS[name],
+        "do_sample": True,
+        "suppress_tokens": list(TOKEN_IDS.values()),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    output = model.generate(ids, **options, max_new_tokens=25, seed=3)
+    assert output.sequences.shape[1] > 10
+    for place, scores in enumerate(output.scores[0], start=ids.shape[1]):
+        given = output.sequences[:, :place]
+        mask = torch.ones_like(given)  # a padding token that was drawn is no padding
+        expected = base.generate(given, attention_mask=mask, **options, max_new_tokens=1).scores[0][0]
+        assert torch.equal(scores.isinf(), expected.isinf())
+        assert torch.allclose(scores, expected, atol=1e-4, rtol=0)
+        assert scores[output.sequences[0, place]] > -torch.inf
 
 
 def test_maximum_length_given_as_a_criterion_is_kept() -> None:

@@ -4,7 +4,7 @@ import pytest
 from cases import both_modes
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from multiverse.generation.branch import Branch, Fork, Token
+from multiverse.generation.branch import Branch, Choice, Fork, Token
 from multiverse.generation.request import Request
 from scripted_requests import (
     LETTER,
@@ -41,9 +41,9 @@ def test_budget_is_kept_and_everything_is_closed(
     numbers: list[int], budget: int, limit: int | None, separator: list[int], parallel: bool
 ) -> None:
     request = new_request(tiny_ids("a b"), rules(budget, separator, max_path_tokens=limit))
-    play(request, picking(numbers), parallel)
+    play(request, picking(numbers), None if parallel else 1)
     assert closed_problems(check_finished(request)) == []
-    assert request.closing_cost() == 0
+    assert request.closing_cost == 0
 
 
 @examples(200)
@@ -52,10 +52,10 @@ def test_what_a_cut_prompt_leaves_open_is_closed_within_the_budget(
     prompt: list[int], numbers: list[int], extra: int, limit: int | None, separator: list[int], parallel: bool
 ) -> None:
     unlimited = new_request(prompt, rules(PLENTY, separator))
-    needed = unlimited.made + unlimited.closing_cost()
+    needed = unlimited.made + unlimited.closing_cost
     assume(needed + extra > 0)
     request = new_request(prompt, rules(needed + extra, separator, max_path_tokens=limit))
-    play(request, picking(numbers), parallel)
+    play(request, picking(numbers), None if parallel else 1)
     assert closed_problems(check_finished(request)) == []
 
 
@@ -68,7 +68,7 @@ def test_malformed_prompt_goes_on_where_its_layout_says(
     prompt: list[int], numbers: list[int], limit: int | None, parallel: bool
 ) -> None:
     request = new_request(prompt, rules(300, max_path_tokens=limit))
-    played = play(request, picking(numbers), parallel)
+    played = play(request, picking(numbers), None if parallel else 1)
     # Where a path stands after its block's conclusion, what is seen has no one order.
     check_order(request, played, check_finished(request, histories=False))
 
@@ -79,7 +79,7 @@ def test_every_budget_cuts_a_scripted_text_into_a_closed_one(name: str, parallel
     script = SCRIPTS[name]
     for budget in range(1, len(script.ids)):
         request = new_request(script.ids[:1], rules(budget))
-        play(request, following(script), parallel)
+        play(request, following(script), None if parallel else 1)
         assert closed_problems(check_finished(request)) == [], budget
         assert request.finish_reason == ("eos" if budget == len(script.ids) - 1 else "length"), budget
 
@@ -95,9 +95,9 @@ def test_path_may_end_where_the_budget_does(separator: list[int], ending: str, p
 
     least = new_request(prompt, rules(separator=separator))
     for limit in (None, 5, 6, 9):
-        for budget in range(least.made + least.closing_cost(), 45):
+        for budget in range(least.made + least.closing_cost, 45):
             request = new_request(prompt, rules(budget, separator, max_path_tokens=limit))
-            play(request, choose, parallel)
+            play(request, choose, None if parallel else 1)
             assert closed_problems(check_finished(request)) == [], (limit, budget)
             assert request.finish_reason == "length"
 
@@ -112,7 +112,7 @@ def test_plain_text_uses_the_whole_budget() -> None:
 
 def test_tag_that_opens_no_block_may_be_the_last_token() -> None:
     request = new_request(tiny_ids("a"), rules(1))
-    request.accept(request.root, TOKEN_IDS["<Think>"])
+    request.accept(request.root, Choice(TOKEN_IDS["<Think>"]))
     assert sequence(request) == tiny_ids("a <Think>")
     assert request.finish_reason == "length"
 

@@ -2,12 +2,10 @@
 
 import pytest
 from cases import both_modes
-from multiverse.generation.branch import Branch, BranchStatus
-from multiverse.generation.request import Request
+from multiverse.generation.branch import BranchStatus, Choice
 from scripted_requests import (
     LETTER,
     SCRIPTS,
-    TWO_PATHS,
     check_finished,
     check_order,
     cuts,
@@ -24,7 +22,7 @@ from tiny import TOKEN_IDS, tiny_ids
 def test_scripted_text_is_written_with_its_forced_tokens(name: str, parallel: bool) -> None:
     script = SCRIPTS[name]
     request = new_request(script.ids[:1])
-    played = play(request, following(script), parallel)
+    played = play(request, following(script), None if parallel else 1)
     assert outcome(request) == (script.ids, script.forced)
     assert request.finish_reason == "eos"
     check_order(request, played, check_finished(request))
@@ -37,14 +35,14 @@ def test_prompt_cut_anywhere_goes_on_as_if_it_had_been_generated(name: str, para
     script = SCRIPTS[name]
     for length in cuts(script):
         request = new_request(script.ids[:length])
-        played = play(request, following(script), parallel)
+        played = play(request, following(script), None if parallel else 1)
         assert outcome(request) == (script.ids, [index for index in script.forced if index >= length]), length
         check_order(request, played, check_finished(request))
 
 
 def test_paths_fork_together_and_the_parent_waits_for_the_last() -> None:
     request = new_request(tiny_ids("a <Parallel> <Goal> <Outline> b </Outline> <Outline> c </Outline>"))
-    request.accept(request.root, TOKEN_IDS["</Goal>"])
+    request.accept(request.root, Choice(TOKEN_IDS["</Goal>"]))
     root, first, second = request.branches()
     assert [branch.label for branch in (root, first, second)] == ["", "1", "2"]
     assert root.status is BranchStatus.WAITING
@@ -52,27 +50,11 @@ def test_paths_fork_together_and_the_parent_waits_for_the_last() -> None:
     assert first.next_position == second.next_position
     assert [token.id for token in second.pending] == tiny_ids("<Path> _ 2 :")
 
-    request.accept(second, TOKEN_IDS["</Path>"])
+    request.accept(second, Choice(TOKEN_IDS["</Path>"]))
     assert (root.status, second.status) == (BranchStatus.WAITING, BranchStatus.FINISHED)
-    request.accept(first, LETTER)
-    request.accept(first, TOKEN_IDS["</Path>"])
+    request.accept(first, Choice(LETTER))
+    request.accept(first, Choice(TOKEN_IDS["</Path>"]))
     assert (root.status, first.status) == (BranchStatus.RUNNING, BranchStatus.FINISHED)
     assert [token.id for token in root.pending][-1] == TOKEN_IDS["<Conclusion>"]
     # `</Goal>` stands at 9; path 1 is the longer one: `<Path> _ 1 : a </Path>`.
     assert root.next_position - 1 == 9 + 6 + 1
-
-
-def test_branches_of_one_block_do_not_see_each_other_and_the_parent_sees_them_after_the_merge() -> None:
-    request = new_request(TWO_PATHS.ids[:1])
-    by_round: list[set[int]] = []
-
-    def choose(request: Request, branch: Branch) -> int:
-        by_round.append(branch.visible)
-        return TWO_PATHS.answer(branch.history)
-
-    play(request, choose)
-    root, first, second = request.branches()
-    assert first.visible == {root.number, first.number}
-    assert second.visible == {root.number, second.number}
-    assert root.visible == {root.number, first.number, second.number}
-    assert by_round[0] == root.visible, "the same set grows"

@@ -1,6 +1,7 @@
 """The labels of paths."""
 
 import pytest
+from multiverse.generation.branch import Choice
 from scripted_requests import new_request
 from tiny import goal, tiny_ids
 
@@ -21,7 +22,7 @@ def test_paths_carry_the_labels_of_their_outlines(outlines: list[str], labels: l
     text = goal(outlines)
     generated = new_request(tiny_ids("a"))
     for token_id in tiny_ids(text):
-        generated.accept(generated.root, token_id)
+        generated.accept(generated.root, Choice(token_id))
     for request in (generated, new_request(tiny_ids(text)), new_request(tiny_ids(text + " _"))):
         paths = request.branches()[1:]
         assert [path.label for path in paths] == labels
@@ -34,5 +35,5 @@ def test_outline_without_a_label_is_numbered_below_its_path(outer: str, inner: l
     request = new_request(tiny_ids(goal([outer])))
     path = request.branches()[1]
     for token_id in tiny_ids(goal(["b", "c"])):
-        request.accept(path, token_id)
+        request.accept(path, Choice(token_id))
     assert [branch.label for branch in request.branches()[2:]] == inner

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from multiverse.generation.branch import Branch, BranchStatus, Fork
+from multiverse.generation.branch import Branch, BranchStatus, Choice, Fork
 from multiverse.generation.request import Request
 from multiverse.generation.scheduler import branches_to_run
 from scripted_requests import (
@@ -31,7 +31,7 @@ def test_no_token_is_run_before_one_that_it_sees(
     numbers: list[int], budget: int, limit: int | None, parallel: bool
 ) -> None:
     request = new_request(tiny_ids("a"), rules(budget, max_path_tokens=limit))
-    played = play(request, picking(numbers), parallel)
+    played = play(request, picking(numbers), None if parallel else 1)
     check_order(request, played, check_finished(request))
 
 
@@ -41,33 +41,33 @@ def test_no_token_after_a_cut_prompt_is_run_before_one_that_it_sees(
     prompt: list[int], numbers: list[int], limit: int | None, parallel: bool
 ) -> None:
     request = new_request(prompt, rules(250, max_path_tokens=limit))
-    played = play(request, picking(numbers), parallel)
+    played = play(request, picking(numbers), None if parallel else 1)
     check_order(request, played, check_finished(request))
 
 
 def test_plan_holds_a_waiting_parent_before_its_paths_and_a_merged_one_after_them() -> None:
     request = new_request(tiny_ids("a <Parallel> <Goal> <Outline> b </Outline> <Outline> c </Outline>"))
-    request.accept(request.root, TOKEN_IDS["</Goal>"])
+    request.accept(request.root, Choice(TOKEN_IDS["</Goal>"]))
     root, first, second = request.branches()
-    assert branches_to_run(request, parallel=True) == [root, first, second]
-    assert branches_to_run(request, parallel=False) == [root, first]
+    assert branches_to_run(request, width=None) == [root, first, second]
+    assert branches_to_run(request, width=1) == [root, first]
     for branch in (root, first):
         branch.pending.clear()
-    request.accept(first, TOKEN_IDS["</Path>"])
-    assert branches_to_run(request, parallel=True) == [first, second]
-    assert branches_to_run(request, parallel=False) == [first, second]
+    request.accept(first, Choice(TOKEN_IDS["</Path>"]))
+    assert branches_to_run(request, width=None) == [first, second]
+    assert branches_to_run(request, width=1) == [first, second]
     first.pending.clear()
     second.pending.clear()
-    request.accept(second, TOKEN_IDS["</Path>"])
-    assert branches_to_run(request, parallel=True) == [second, root]
-    assert branches_to_run(request, parallel=False) == [second, root]
+    request.accept(second, Choice(TOKEN_IDS["</Path>"]))
+    assert branches_to_run(request, width=None) == [second, root]
+    assert branches_to_run(request, width=1) == [second, root]
 
 
 @pytest.mark.parametrize("name", list(SCRIPTS))
 def test_sequential_mode_asks_one_branch_at_a_time_in_linear_order(name: str) -> None:
     script = SCRIPTS[name]
     request = new_request(script.ids[:1])
-    played = play(request, following(script), parallel=False)
+    played = play(request, following(script), width=1)
     assert {len(asked) for asked in played.rounds} == {1}
     index_of = {id(token): index for index, (_, token) in enumerate(linear_tokens(request.root), start=1)}
     order = [index_of[id(token)] for token in played.run]
@@ -94,7 +94,7 @@ def test_sequential_mode_asks_a_path_only_after_its_earlier_siblings_have_ended(
         return choose(request, branch)
 
     request = new_request(prompt, rules(250, max_path_tokens=limit))
-    played = play(request, checked, parallel=False)
+    played = play(request, checked, width=1)
     assert {len(asked) for asked in played.rounds} == {1}
 
 

@@ -1,0 +1,98 @@
+"""Which cache slots every branch of a request sees, kept up to date slot by slot.
+
+A step adds columns for its own tokens; a fork copies a row and a merge joins rows. Nothing is rebuilt, and the keys
+and values themselves are never touched.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class VisibleSlots:
+    """Table of one request: a row per branch, a column per cache slot in use.
+
+    Slots count in the order in which tokens are run, and a token is run after all it may see. So a token sees the
+    slots that its branch's row allows, up to its own.
+
+    Args:
+        capacity (`int`): slots to reserve at first.
+
+    Attributes:
+        length (`int`): slots in use.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.length = 0
+        self._table = torch.zeros(4, max(capacity, 1), dtype=torch.bool)
+        self._seen: list[int] = [0] * 4
+        self._free = [3, 2, 1, 0]
+
+    @property
+    def rows_in_use(self) -> int:
+        """Rows that belong to a branch."""
+        return len(self._seen) - len(self._free)
+
+    def open_row(self, parent: int | None = None) -> int:
+        """A row for a new branch, which sees what `parent` sees now, or nothing."""
+        if not self._free:
+            count = len(self._seen)
+            self._free = list(range(2 * count - 1, count - 1, -1))
+            self._seen += [0] * count
+            self._table = torch.cat([self._table, torch.zeros_like(self._table)])
+        row = self._free.pop()
+        if parent is None:
+            self._table[row] = False
+        else:
+            self._table[row] = self._table[parent]
+        self._seen[row] = 0 if parent is None else self._seen[parent]
+        return row
+
+    def close_row(self, row: int) -> None:
+        """Gives the row of a merged branch back."""
+        self._free.append(row)
+
+    def absorb(self, row: int, other: int) -> None:
+        """Lets `row` see all that `other` sees."""
+        self._table[row] |= self._table[other]
+        self._seen[row] = int(self._table[row].sum())
+
+    def append(self, rows: Sequence[int]) -> None:
+        """Adds a slot for each of `rows`, seen by that row alone until others open from it or absorb it."""
+        first, self.length = self.length, self.length + len(rows)
+        self._reserve(self.length)
+        self._table[list(rows), list(range(first, self.length))] = True
+        for row in rows:
+            self._seen[row] += 1
+
+    def append_block(self, visible: dict[int, torch.Tensor]) -> None:
+        """Adds slots, as many as each tensor of `visible` has entries: by row, a bool tensor of what it sees."""
+        first = self.length
+        for row, sees in visible.items():
+            self._reserve(first + sees.shape[0])
+            self.length = first + sees.shape[0]
+            self._table[row, first : self.length] = sees
+            self._seen[row] += int(sees.sum())
+
+    def mask(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """What the newest tokens see.
+
+        Args:
+            rows (`Sequence[int]`): the row of each of them; they stand in the last `len(rows)` slots.
+
+        Returns:
+            Bool tensor of shape `(len(rows), slots)`, or `None` for a single token that sees every slot.
+        """
+        new = len(rows)
+        if new == 1 and self._seen[rows[0]] == self.length:
+            return None
+        mask = self._table[list(rows), : self.length]
+        if new > 1:
+            mask[:, self.length - new :].tril_()
+        return mask
+
+    def _reserve(self, length: int) -> None:
+        capacity = self._table.shape[1]
+        if length > capacity:
+            extra = max(length, 2 * capacity) - capacity
+            self._table = torch.nn.functional.pad(self._table, (0, extra))

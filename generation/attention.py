@@ -6,15 +6,13 @@ request has nothing to read in another's slots. The function is registered with 
 """
 
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -145,28 +143,3 @@ def _models_own(module: torch.nn.Module, plan: StepPlan) -> Callable[..., torch.
 
 AttentionInterface.register(PATH_ATTENTION, path_attention_forward)
 AttentionMaskInterface.register(PATH_ATTENTION, sdpa_mask)
-
-_lock = threading.Lock()
-_users: dict[int, tuple[int, str]] = {}
-
-
-@contextmanager
-def path_attention(model: PreTrainedModel) -> Iterator[str]:
-    """Routes the model's attention through `path_attention_forward`; yields the model's own implementation.
-
-    Calls may overlap in several threads; the model gets its own implementation back when the last one leaves.
-    """
-    config, key = model.config, id(model.config)
-    with _lock:
-        users, own = _users.get(key, (0, config._attn_implementation))
-        _users[key] = (users + 1, own)
-        config._attn_implementation = PATH_ATTENTION
-    try:
-        yield own
-    finally:
-        with _lock:
-            users, own = _users.pop(key)
-            if users > 1:
-                _users[key] = (users - 1, own)
-            else:
-                config._attn_implementation = own

@@ -16,9 +16,11 @@ from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .attention import DECODE_ATTENTION, path_attention
+from .attachment import attached
+from .attention import DECODE_ATTENTION
 from .engine import Engine, EngineOptions
 from .output import MultiverseGenerateOutput, collect_output
+from .packed_linear import can_pack, worth_packing
 from .processors import RowPrefixConstraint, processors_of_row
 from .request import Request, RequestRules
 from .sampling import SamplingOptions
@@ -32,7 +34,11 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "max_sequential_steps": None,
     "seed": None,
     "decode_attention": "auto",
+    "pack_linears": None,
 }
+
+#: Checking the packed weights takes about as long as making a token or two.
+_LEAST_TOKENS_TO_PACK = 32
 
 _POSITIVE = (
     "max_new_tokens",
@@ -59,6 +65,8 @@ class MultiverseGenerationMixin(GenerationMixin):
       `int` stands for itself, itself + 1, ... over the rows. Without it, seeds come from torch's global generator.
     - `decode_attention` (`str`, default `"auto"`): `"folded"` runs the branches and heads of a request as rows of one
       attention call, `"model"` the model's own implementation. Automatic: `"folded"` for a model under `sdpa`.
+    - `pack_linears` (`bool`, *optional*): whether to decode on copies of the weights in oneDNN's layout, for models on
+      a CPU. Automatic: where there is memory for them and enough tokens to gain from it.
 
     `max_new_tokens` counts every token made, in all branches, forced ones included. Tags that would break the
     structure where they stand are never sampled. With `return_dict_in_generate=True` the result is a
@@ -164,7 +172,7 @@ class MultiverseGenerationMixin(GenerationMixin):
         def collected() -> MultiverseGenerateOutput:
             return collect_output(input_ids, real, requests, int(pad_token_id), sampling)
 
-        with path_attention(self) as own:
+        with attached(self, pack=_packs(self, generation_config.pack_linears, rules.max_new_tokens)) as own:
             options = EngineOptions(
                 implementation=_implementation(generation_config.decode_attention, own),
                 width=generation_config.max_paths if generation_config.parallel else 1,
@@ -193,6 +201,15 @@ def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
             "row, or a single integer."
         )
     return [int(each) for each in seed]
+
+
+def _packs(model: Any, wanted: bool | None, max_new_tokens: int) -> bool:
+    """Whether to pack the linear layers."""
+    if wanted is None:
+        return max_new_tokens >= _LEAST_TOKENS_TO_PACK and worth_packing(model)
+    if wanted and not can_pack():
+        raise ValueError("`pack_linears` is True, but this build of torch has no oneDNN. Leave it out.")
+    return wanted
 
 
 def _implementation(decode_attention: str, own: str | None) -> str:
@@ -238,6 +255,9 @@ def _check_generate_arguments(
     seeds = seed if isinstance(seed, list | tuple) else [] if seed is None else [seed]
     if not all(isinstance(each, int) and not isinstance(each, bool) for each in seeds):
         raise ValueError(f"`seed` must be an integer, a list with one per row, or None, got {seed!r}.")
+    pack = kwargs.get("pack_linears", getattr(config, "pack_linears", defaults.pack_linears))
+    if pack is not None and not isinstance(pack, bool):
+        raise ValueError(f"`pack_linears` must be True, False or None, got {pack!r}.")
     attention = kwargs.get("decode_attention", getattr(config, "decode_attention", defaults.decode_attention))
     if attention is not None and attention not in DECODE_ATTENTION:
         raise ValueError(f"`decode_attention` must be one of {DECODE_ATTENTION}, got {attention!r}.")

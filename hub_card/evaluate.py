@@ -26,22 +26,22 @@ from rich.table import Table
 def main(
     parallel: Annotated[Path, typer.Option(help="Adapter of the Multiverse arm.")] = ADAPTER,
     sequential: Annotated[Path | None, typer.Option(help="Adapter of the sequential arm.")] = None,
-    problems: Annotated[int, typer.Option(min=1, max=256, help="Held-out problems per arm.")] = 256,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems per arm.")] = 200,
+    seed: Annotated[int, typer.Option(help="Draws the problems; the demo shows those of seed 0.")] = 1,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/evaluation"),
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=16)] = 1200,
     base: Annotated[Path | None, typer.Option(help="Folder of the base model.")] = None,
 ) -> None:
     """Greedy decoding of the same held-out problems by each arm; prints and stores accuracy, steps and validity."""
-    _, held_out = train_and_test(0, 256)
+    _, held_out = train_and_test(0, problems, seed)
     console = Console()
     arms = {"parallel": parallel} if sequential is None else {"parallel": parallel, "sequential": sequential}
     summary = {}
     for form, adapter in arms.items():
         path = output / f"{form}.jsonl"
-        _answer_all(form, adapter, held_out[:problems], path, batch_size, max_new_tokens, base)
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        summary[form] = summarise(record for record in records if record["problem"] < problems)
+        _answer_all(form, adapter, held_out, path, batch_size, max_new_tokens, base)
+        summary[form] = summarise(_records(path, held_out))
     if "sequential" in summary:
         steps = summary["parallel"]["sequential_steps"] / summary["sequential"]["sequential_steps"]
         summary["steps_relative_to_sequential_arm"] = round(steps, 4)
@@ -106,6 +106,19 @@ def table(summary: dict[str, Any]) -> Table:
     return result
 
 
+def _records(path: Path, problems: list[Problem]) -> list[dict[str, Any]]:
+    """The answers that are stored already.
+
+    Raises:
+        ValueError: if they answer other problems.
+    """
+    lines = path.read_text().splitlines() if path.is_file() else []
+    records = [record for record in map(json.loads, lines) if record["problem"] < len(problems)]
+    if any(problems[record["problem"]].question != record["question"] for record in records):
+        raise ValueError(f"`output`: {path} holds answers to other problems. Name another folder, or remove it.")
+    return records
+
+
 def _answer_all(
     form: str,
     adapter: Path,
@@ -116,7 +129,7 @@ def _answer_all(
     base: Path | None,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["problem"] for line in path.read_text().splitlines()} if path.is_file() else set()
+    done = {record["problem"] for record in _records(path, problems)}
     left = [number for number in range(len(problems)) if number not in done]
     if not left:
         return
@@ -156,6 +169,7 @@ def _answer(
         answer = read_answer(text)
         yield {
             "problem": number,
+            "question": problem.question,
             "answer": answer,
             "expected": problem.answer,
             "right": answer == problem.answer,

@@ -67,8 +67,9 @@ class Request:
         machine (`StructureMachine`): structure of the prompt.
         root (`Branch`): branch 0.
         made (`int`): tokens generated so far.
-        closing_cost (`int`): tokens it takes to close everything that is open, one per open tag and two more for a
-            block that has no `<Conclusion>` yet. `max_new_tokens` always leaves room for them.
+        closing_cost (`int`): tokens it takes to close everything that is open as a well-formed text: an outline for
+            a goal without one, an empty path for every outline, a conclusion for every block. `max_new_tokens` always
+            leaves room for them.
         steps (`int`): sequential steps so far, a step being one round of sampling.
         finish_reason (`str`, *optional*): `"eos"`, `"length"`, `"max_sequential_steps"`, `"max_time"`, `"stopped"` by
             another stopping criterion, `"interrupted"` by an exception; `None` while it runs.
@@ -172,10 +173,15 @@ class Request:
         for fork in list(branch.forks):
             for child in fork.children:
                 self._close_branch(child)
-        while left := _to_close(branch):
+        while left := self._to_close(branch):
             position = branch.next_position
-            unreduced = left[-1].name == "Parallel" and not left[-1].conclusions
-            self._force_tag(branch, "<Conclusion>" if unreduced else f"</{left[-1].name}>")
+            tag, forks = _closing_tag(left[-1]), _may_fork(branch)
+            self._force_tag(branch, tag)
+            if tag == "<Outline>" and forks:
+                branch.blocks[-1].outlines.append(len(branch.history) - 1)
+                self.count_open_tags(branch)
+            elif tag == "</Goal>" and forks:
+                self._fork_closed(branch, branch.blocks[-1])
             if branch.parent is not None and not branch.grammar.stack:
                 self.finish_path(branch, None, position, separator=False)
 
@@ -187,22 +193,23 @@ class Request:
             return 1 if branch.parent is None else separator
         if tag is None:
             return 1
-        if tag == "<Think>" and not _to_close(branch):
-            return 1
+        if tag == "<Parallel>":
+            return 1 + _GOAL_AND_PATH + _CONCLUSION
+        if tag == "<Outline>" and _may_fork(branch) and branch.blocks[-1].outlines:
+            return 4
         if not tag.startswith("</"):
-            return 2 + 2 * (tag == "<Parallel>")
+            return 2
         if tag == "</Path>":
             return separator
         if tag != "</Goal>" or not branch.blocks:
-            return 0 if _to_close(branch) else 1
+            return 0 if self._to_close(branch) else 1
         labels = self._labels(branch, branch.blocks[-1])
-        headers = [2 + separator + len(self.rules.header.write_label(label)) for label in labels]
-        return separator + sum(headers)
+        return separator + sum(separator + len(self.rules.header.write_label(label)) for label in labels)
 
     def _may_end(self, branch: Branch) -> bool:
         """Whether nothing but plain text would be cut if the branch ended here."""
         if branch.parent is None:
-            return not branch.grammar.inside_block()
+            return not self._to_close(branch)
         return [entry.name for entry in branch.grammar.stack] == ["Path"]
 
     def _write(self, branch: Branch, token_id: int, choice: Choice | None = None) -> None:
@@ -216,19 +223,20 @@ class Request:
 
     def _read_tag(self, branch: Branch, tag: str) -> None:
         """Follows a tag that was just written to `branch`."""
-        index = len(branch.history)
-        branch.grammar.read(tag, index - 1)
-        self.count_open_tags(branch)
+        index = len(branch.history) - 1
+        branch.grammar.read(tag, index)
         if tag == "<Parallel>":
-            branch.blocks.append(Block(branch=branch.number, start=index - 1))
+            branch.blocks.append(Block(branch=branch.number, start=index))
         elif tag == "<Outline>" and branch.blocks:
-            branch.blocks[-1].outlines.append(index - 1)
+            branch.blocks[-1].outlines.append(index)
         elif tag == "</Goal>" and branch.blocks:
             branch.blocks[-1].goal_position = branch.next_position - 1
-            self.force(branch, self.rules.header.separator)
-            self.fork(branch, branch.blocks[-1], self._labels(branch, branch.blocks[-1]), [])
         elif tag == "</Parallel>" and branch.blocks:
             branch.blocks.pop()
+        self.count_open_tags(branch)
+        if tag == "</Goal>" and branch.blocks:
+            self.force(branch, self.rules.header.separator)
+            self.fork(branch, branch.blocks[-1], self._labels(branch, branch.blocks[-1]), [])
         elif tag == "</Path>" and branch.parent is not None and not branch.grammar.stack:
             self.finish_path(branch, "closed", branch.next_position - 1)
 
@@ -273,6 +281,20 @@ class Request:
             self.force(branch, self.rules.header.separator)
         self.merge_if_finished(branch.parent)
 
+    def _fork_closed(self, branch: Branch, block: Block) -> None:
+        """Gives every outline of `block` an empty path: there is no room to work on any of them."""
+        block.goal_position = branch.next_position - 1
+        fork = branch.open_fork(block, [])
+        for label in self._labels(branch, block):
+            child = branch.child(next(self._branch_numbers), label, block)
+            fork.children.append(child)
+        for child in fork.children:
+            self._write(child, self.rules.token_ids["<Path>"])
+            position = child.next_position
+            self._write(child, self.rules.token_ids["</Path>"])
+            child.grammar.stack.clear()
+            self.finish_path(child, None, position, separator=False)
+
     def merge_if_finished(self, branch: Branch) -> None:
         """Reduce: once all paths have ended the parent goes on with `<Conclusion>`, seeing every one of them."""
         fork = branch.forks[-1]
@@ -288,15 +310,53 @@ class Request:
 
     def count_open_tags(self, branch: Branch) -> None:
         """Brings `closing_cost` up to date after the open tags of `branch` have changed."""
-        cost = sum(3 if entry.name == "Parallel" and not entry.conclusions else 1 for entry in _to_close(branch))
+        cost = sum(_cost_to_close(entry, branch) for entry in self._to_close(branch))
         self.closing_cost += cost - branch.closing_cost
         branch.closing_cost = cost
 
+    def _to_close(self, branch: Branch) -> list[OpenTag]:
+        """Open tags that must not stay open: all of a path's; the root's from its first block or generated tag on.
 
-def _to_close(branch: Branch) -> list[OpenTag]:
-    """Open tags that would leave a block open: all of a path's, the root's from its outermost `<Parallel>` on."""
-    stack = branch.grammar.stack
-    if branch.parent is not None:
-        return stack
-    first = next((depth for depth, entry in enumerate(stack) if entry.name == "Parallel"), len(stack))
-    return stack[first:]
+        What a prompt opens outside a block may be talk about tags, which nobody means to close.
+        """
+        stack = branch.grammar.stack
+        if branch.parent is not None:
+            return stack
+        prompt = len(self.prompt)
+        first = (depth for depth, tag in enumerate(stack) if tag.name == "Parallel" or tag.index >= prompt)
+        return stack[next(first, len(stack)) :]
+
+
+#: `<Goal><Outline></Outline></Goal><Path></Path>`, and `<Conclusion></Conclusion></Parallel>`.
+_GOAL_AND_PATH, _CONCLUSION = 6, 3
+
+
+def _may_fork(branch: Branch) -> bool:
+    """Whether the innermost block of `branch` is still before its paths."""
+    return bool(branch.blocks) and branch.blocks[-1].goal_position is None and not branch.blocks[-1].paths
+
+
+def _needs_goal(entry: OpenTag) -> bool:
+    return entry.name == "Parallel" and not (entry.goals or entry.paths or entry.conclusions)
+
+
+def _closing_tag(entry: OpenTag) -> str:
+    """The tag to write next on the way to closing `entry`."""
+    if _needs_goal(entry):
+        return "<Goal>"
+    if entry.name == "Goal" and not entry.outlines:
+        return "<Outline>"
+    if entry.name == "Parallel" and not entry.conclusions:
+        return "<Conclusion>"
+    return f"</{entry.name}>"
+
+
+def _cost_to_close(entry: OpenTag, branch: Branch) -> int:
+    """Tokens that closing one open tag of `branch` takes, those inside it left out."""
+    if entry.name == "Parallel" and not entry.conclusions:
+        return _CONCLUSION + _GOAL_AND_PATH * _needs_goal(entry)
+    if entry.name == "Goal":
+        missing = 0 if entry.outlines else 1
+        paths = len(branch.blocks[-1].outlines) + missing if _may_fork(branch) else 0
+        return 1 + 2 * missing + 2 * paths
+    return 1

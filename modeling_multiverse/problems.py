@@ -81,10 +81,6 @@ class TagGrammar:
             return frozenset({"</Outline>"})
         return frozenset({"<Parallel>", f"</{top.name}>"})
 
-    def inside_block(self) -> bool:
-        """Whether a `<Parallel>` is open."""
-        return self.block() is not None
-
     def report(self, kind: ProblemKind, index: int, message: str) -> None:
         self.problems.append(Problem(kind, index, message))
 

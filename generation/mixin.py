@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from multiverse.forced import HeaderTokens
-from multiverse.masking_multiverse import SUPPORTED_ATTENTION, unsupported_attention_message
+from multiverse.masking_multiverse import SUPPORTED_ATTENTION, CachedStructure, unsupported_attention_message
 from multiverse.tags import check_token_ids
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -24,6 +24,7 @@ from .packed_linear import can_pack, worth_packing
 from .processors import RowPrefixConstraint, processors_of_row
 from .request import Request, RequestRules
 from .sampling import SamplingOptions
+from .streaming import BranchStreamer
 
 #: Arguments of `generate()` that are ours, with their defaults. They live in `generation_config`.
 GENERATION_DEFAULTS: dict[str, Any] = {
@@ -50,6 +51,24 @@ _POSITIVE = (
     "num_return_sequences",
 )
 
+#: Loops of transformers' own that write one token after another, and the arguments that ask for them.
+_STOCK_MODES: dict[GenerationMode, tuple[str, ...]] = {
+    GenerationMode.BEAM_SEARCH: ("num_beams",),
+    GenerationMode.BEAM_SAMPLE: ("num_beams",),
+    GenerationMode.ASSISTED_GENERATION: ("assistant_early_exit", "assistant_model", "prompt_lookup_num_tokens"),
+}
+
+#: Likewise, for loops that transformers has given away to remote code.
+_REMOTE_MODES: dict[GenerationMode, tuple[str, ...]] = {
+    GenerationMode.CONTRASTIVE_SEARCH: ("penalty_alpha",),
+    GenerationMode.DOLA_GENERATION: ("dola_layers",),
+    GenerationMode.GROUP_BEAM_SEARCH: ("num_beam_groups",),
+    GenerationMode.CONSTRAINED_BEAM_SEARCH: ("constraints", "force_words_ids"),
+}
+
+#: Arguments of ours that a loop of transformers' own would drop in silence.
+_ENGINE_ONLY = ("max_path_tokens", "max_sequential_steps", "seed")
+
 
 class MultiverseGenerationMixin(GenerationMixin):
     """Greedy and multinomial decoding in which the paths of a block run side by side.
@@ -72,9 +91,13 @@ class MultiverseGenerationMixin(GenerationMixin):
     structure where they stand are never sampled. With `return_dict_in_generate=True` the result is a
     [`MultiverseGenerateOutput`]. An exception in the middle of decoding (a streamer's, a criterion's, Ctrl-C) carries
     what was made until then, closed and well-formed, as its attribute `partial_output`.
-    """
 
-    _supported_generation_modes = [GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH]  # noqa: RUF012
+    With `parallel=False`, beam search and beam sampling (`num_beams`), assisted decoding (`assistant_model`,
+    `assistant_early_exit`) and prompt lookup (`prompt_lookup_num_tokens`) run in transformers' own loops, with its own
+    outputs. The tags that the model writes have the meaning of LAYOUT.md there too, but that is all: nothing is forced
+    and nothing banned, so path headers, separators, `<Conclusion>` and a sound structure are up to the model, and of
+    the arguments above only `parallel` counts; `max_path_tokens`, `max_sequential_steps` and `seed` are refused.
+    """
 
     def set_generation_defaults(self) -> None:
         """Gives `generation_config` the engine's fields where it lacks them (a checkpoint of a plain model)."""
@@ -96,15 +119,18 @@ class MultiverseGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: before any work is done, for empty or malformed input, limits that are not positive, and
-                decoding modes that cannot fork (beam search, assisted and contrastive decoding, paged caches).
+                decoding modes that cannot fork (beam search and assisted decoding without `parallel=False`,
+                contrastive search, paged caches).
         """
         self.set_generation_defaults()
         given = inputs if inputs is not None else kwargs.get("input_ids")
         _check_generate_arguments(given, generation_config, kwargs, self.generation_config)
-        if prefix_allowed_tokens_fn is not None and self.config.multiverse_token_ids:
-            constraint = RowPrefixConstraint(prefix_allowed_tokens_fn)
-            logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
-            prefix_allowed_tokens_fn = None
+        if self.config.multiverse_token_ids:
+            config, _ = self._prepare_generation_config(generation_config, **kwargs)
+            if not _in_stock_loop(config, kwargs) and prefix_allowed_tokens_fn is not None:
+                constraint = RowPrefixConstraint(prefix_allowed_tokens_fn)
+                logits_processor = LogitsProcessorList([*(logits_processor or []), constraint])
+                prefix_allowed_tokens_fn = None
         return super().generate(
             inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, **kwargs
         )
@@ -112,6 +138,15 @@ class MultiverseGenerationMixin(GenerationMixin):
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Leaves masks to the backbone, which knows the branches (transformers would prepare a plain causal one)."""
         return attention_mask
+
+    def _reorder_cache(self, past_key_values: Cache, beam_idx: torch.LongTensor) -> Cache:
+        """Lets the recorded branches go with their rows (beam search calls this between steps).
+
+        Args:
+            beam_idx (`torch.LongTensor` of shape `(rows,)`): for every row the one that it goes on from.
+        """
+        CachedStructure.reorder(past_key_values, beam_idx)
+        return past_key_values
 
     def _sample(
         self,
@@ -123,8 +158,8 @@ class MultiverseGenerationMixin(GenerationMixin):
         streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> MultiverseGenerateOutput | torch.LongTensor:
-        """Runs the branch engine; a model without tags decodes as its base class does."""
-        if not self.config.multiverse_token_ids:
+        """Runs the branch engine; a model without tags, or one that drafts for another, does as its base class."""
+        if not self.config.multiverse_token_ids or generation_config.is_assistant:
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -242,7 +277,8 @@ def _check_generate_arguments(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(inputs.shape)}, with 0 for padding, got "
             f"{tuple(mask.shape)}."
         )
-    if kwargs.get("position_ids") is not None:
+    # Assisted decoding hands them to the model that drafts; where there are blocks, the backbone goes by its own.
+    if kwargs.get("position_ids") is not None and not getattr(config, "is_assistant", False):
         raise ValueError("`position_ids` cannot be given to `generate()`: they follow from the tags. Leave them out.")
     for name in _POSITIVE:
         value = kwargs.get(name, getattr(config, name, getattr(defaults, name, None)))
@@ -267,6 +303,50 @@ def _check_generate_arguments(
         raise ValueError(
             f"`cache_implementation` is {implementation!r}; branches share one growing cache. Leave it at its default."
         )
+
+
+def _in_stock_loop(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
+    """Whether a loop of transformers' own decodes, from the whole configuration; refuses by name what cannot."""
+    if config.is_assistant:
+        return True
+    mode = config.get_generation_mode(kwargs.get("assistant_model"))
+    if mode in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        return False
+    if getattr(config, "use_mtp", None):
+        raise ValueError(
+            "`use_mtp` is True, but no Multiverse architecture has heads that predict several tokens. Leave it out; "
+            "`prompt_lookup_num_tokens` and `assistant_model` work with `parallel=False`."
+        )
+    values = {
+        name: kwargs.get(name, getattr(config, name, None))
+        for name in _STOCK_MODES.get(mode) or _REMOTE_MODES.get(mode, ())
+    }
+    name = next((name for name, value in values.items() if value is not None), mode.value)
+    value = values.get(name)
+    given = f"`{name}` is {type(value).__name__ if name == 'assistant_model' else repr(value)}"
+    loop = mode.value.replace("_", " ")
+    if mode not in _STOCK_MODES:
+        raise ValueError(
+            f"{given}: transformers has {loop} as remote code only, which does not know the branches of a model with "
+            f"tags. Leave `{name}` out; `num_beams` works with `parallel=False`."
+        )
+    if config.parallel:
+        raise ValueError(
+            f"{given}, which asks for {loop}, and that cannot fork a block. Pass `parallel=False` with it to write "
+            f"one token after another, or leave `{name}` out."
+        )
+    for own in _ENGINE_ONLY:
+        if getattr(config, own, None) is not None:
+            raise ValueError(
+                f"`{own}` is {getattr(config, own)!r}, which {loop} (`{name}`) does not honour. Set it to "
+                f"None, or leave `{name}` out."
+            )
+    if isinstance(kwargs.get("streamer"), BranchStreamer):
+        raise ValueError(
+            f"`streamer` is a {type(kwargs['streamer']).__name__}, which watches branches grow, and {loop} "
+            f"(`{name}`) opens none. Pass an ordinary streamer such as `TextStreamer`, or leave it out."
+        )
+    return True
 
 
 def _check_decoding(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:

@@ -48,6 +48,28 @@ class CachedStructure:
             return cls(length=length)
         return state if length == state.length else state.cropped(length)
 
+    @classmethod
+    def reorder(cls, cache: Cache, rows: torch.LongTensor) -> None:
+        """Gives every row of `cache` the contents of another, and the structure that goes with them.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(new rows,)`): the row that each goes on from; some may be left out.
+        """
+        state = getattr(cache, cls.ATTRIBUTE, None)
+        cache.reorder_cache(rows)
+        if state is not None:
+            setattr(cache, cls.ATTRIBUTE, cls.of(cache).selected(rows))
+
+    def selected(self, rows: torch.Tensor) -> "CachedStructure":
+        """The structure of the given rows. A row that is repeated goes several ways from here, so each has a copy."""
+        positions = None if self.next_positions is None else self.next_positions[rows.to(self.next_positions.device)]
+        if self.machines is None:
+            return CachedStructure(length=self.length, next_positions=positions, external=self.external)
+        branches = torch.cat(self.slot_branches, dim=1)
+        # Replayed from its tags, which is many times faster than a deep copy.
+        machines = [self.machines[row].truncated(self.machines[row].length) for row in rows.tolist()]
+        return CachedStructure(self.length, None, machines, [branches[rows.to(branches.device)]], self.external)
+
     def cropped(self, length: int) -> "CachedStructure":
         """The structure of the first `length` slots."""
         if length > self.length:
@@ -77,7 +99,7 @@ class CachedStructure:
         elif len(self.machines) != batch_size:
             raise ValueError(
                 f"`input_ids` has {batch_size} rows, `past_key_values` was filled with {len(self.machines)}. Continue "
-                "with the same rows; reordering the rows of a cache that holds blocks is not supported."
+                "with the same rows, or choose them with `CachedStructure.reorder`, which takes their blocks along."
             )
 
 

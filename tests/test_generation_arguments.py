@@ -30,7 +30,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "attention_mask",
     ),
     "positions": ({"input_ids": IDS, "position_ids": torch.tensor([[0, 1]])}, "position_ids"),
-    "beams": ({"input_ids": IDS, "num_beams": 2}, "num_beams|BEAM_SEARCH"),
+    "beams": ({"input_ids": IDS, "num_beams": 2}, "`num_beams` is 2.*`parallel=False`"),
     "no new tokens": ({"input_ids": IDS, "max_new_tokens": 0}, "max_new_tokens"),
     "fewer than no new tokens": ({"input_ids": IDS, "max_new_tokens": -3}, "max_new_tokens"),
     "part of a token": ({"input_ids": IDS, "max_new_tokens": 2.5}, "max_new_tokens"),

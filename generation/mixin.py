@@ -101,6 +101,8 @@ class MultiverseGenerationMixin(GenerationMixin):
 
     def set_generation_defaults(self) -> None:
         """Gives `generation_config` the engine's fields where it lacks them (a checkpoint of a plain model)."""
+        # Marked as derived from the model's configuration, it would lose them when it is saved and loaded again.
+        self.generation_config._from_model_config = False
         for name, default in GENERATION_DEFAULTS.items():
             if not hasattr(self.generation_config, name):
                 setattr(self.generation_config, name, default)
@@ -133,6 +135,13 @@ class MultiverseGenerationMixin(GenerationMixin):
                 prefix_allowed_tokens_fn = None
         return super().generate(
             inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, **kwargs
+        )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the paged cache of continuous batching knows no branches."""
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `init_continuous_batching`) needs a paged cache, which cannot fork. "
+            "Give the prompts to `generate()` as one left-padded batch: its requests share every step."
         )
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:

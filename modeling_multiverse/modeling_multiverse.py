@@ -183,8 +183,6 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-        # Otherwise a reloaded generation configuration drops every field that transformers does not know.
-        self.generation_config._from_model_config = False
         self.set_generation_defaults()
 
     @classmethod
@@ -213,7 +211,10 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
                 f"`pretrained_model_name_or_path` is a {config.model_type} checkpoint, which {cls.__name__} cannot "
                 "hold. Use `MultiverseForCausalLM.from_pretrained`, which picks the class."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        # A plain checkpoint brings its own generation configuration, in the place of the constructor's.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).set_generation_defaults()
+        return loaded
 
 
 #: `from_pretrained` arguments that say where the configuration is to be found.

@@ -136,3 +136,10 @@ def test_length_limit_counts_the_prompt() -> None:
         by_new = model.generate(ids, max_new_tokens=25, logits_processor=LogitsProcessorList([Boost()]))
         assert by_length.tolist() == by_new.tolist()
         assert by_length.shape[1] <= limit
+
+
+def test_continuous_batching_is_refused_before_any_memory_is_taken() -> None:
+    model = tiny_model()
+    for start in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(ValueError, match="Continuous batching"):
+            start([[1, 2, 3]])

@@ -197,6 +197,19 @@ def test_generation_settings_of_the_checkpoint_are_kept(tmp_path: Path, architec
 
 
 @every_architecture
+def test_engine_settings_survive_saving_whatever_the_model_came_from(tmp_path: Path, architecture: str) -> None:
+    plain_checkpoint(tmp_path / "plain", architecture)
+    for before, after in (("plain", "first"), ("first", "second")):
+        model = MultiverseForCausalLM.from_pretrained(tmp_path / before)
+        if before == "plain":
+            assert model.generation_config.parallel is True
+            model.generation_config.update(parallel=False, max_path_tokens=20, max_depth=2)
+        settings = [getattr(model.generation_config, name) for name in ("parallel", "max_path_tokens", "max_depth")]
+        assert settings == [False, 20, 2]
+        model.save_pretrained(tmp_path / after)
+
+
+@every_architecture
 def test_configuration_keeps_every_field_of_its_base(architecture: str) -> None:
     base = tiny_config(architecture, rms_norm_eps=1e-3, tie_word_embeddings=True, attention_dropout=0.1)
     before = base.to_dict()

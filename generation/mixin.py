@@ -140,8 +140,8 @@ class MultiverseGenerationMixin(GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: the paged cache of continuous batching knows no branches."""
         raise ValueError(
-            "Continuous batching (`generate_batch`, `init_continuous_batching`) needs a paged cache, which cannot fork. "
-            "Give the prompts to `generate()` as one left-padded batch: its requests share every step."
+            "Continuous batching (`generate_batch`, `init_continuous_batching`) needs a paged cache, which cannot "
+            "fork. Give the prompts to `generate()` as one left-padded batch: its requests share every step."
         )
 
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:

@@ -45,13 +45,13 @@ def load_of_others(seconds: float = 1.0) -> float | None:
     return 1.0 - (spent[3] + spent[4]) / max(sum(spent), 1)
 
 
-def paired(runs: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+def paired(runs: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 0) -> dict[str, list[float]]:
     """Wall times in seconds of each run, taken in turns so that a slow stretch of the machine hits all of them.
 
     Args:
         runs (`Mapping[str, Callable[[], Any]]`): what to time, by name.
         repeats (`int`): timed runs of each.
-        warm_up (`int`): runs of each before, which are not counted.
+        warm_up (`int`): runs of each before, which are not counted; a caller that has made a run needs none.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(-warm_up, repeats):

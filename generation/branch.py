@@ -161,6 +161,12 @@ class Branch:
         """Blocks around the next token."""
         return len(self.blocks) + (0 if self.parent is None else self.parent.depth)
 
+    def running(self) -> int:
+        """Branches that are being sampled, this one and those below it."""
+        if self.status is BranchStatus.RUNNING:
+            return 1
+        return sum(child.running() for child in self.forks[-1].children) if self.forks else 0
+
     def tree(self) -> "list[Branch]":
         """This branch and all below it, in linear order of their beginnings."""
         found = [self]

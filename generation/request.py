@@ -86,6 +86,8 @@ class Request:
         self.finish_reason: str | None = None
         self.kv_slots = 0
         self.seconds: dict[str, float] = {}
+        # A step, and how many branches were running in it.
+        self._asked = (-1, 0)
         self.machine: StructureMachine = read_sequence(prompt, rules.token_ids)
         self.root = Branch(number=0)
         self._branch_numbers = count(len(self.machine.parents))
@@ -128,10 +130,19 @@ class Request:
             self.close("max_sequential_steps")
 
     def banned_tokens(self, branch: Branch) -> tuple[int, ...]:
-        """Tags, and end-of-sequence tokens, that would break the structure if `branch` sampled them now."""
+        """Tags, and end-of-sequence tokens, that would break the structure or a limit if `branch` sampled them now."""
         allowed = branch.grammar.allowed()
         if "<Parallel>" in allowed and self.rules.max_depth is not None and branch.depth >= self.rules.max_depth:
             allowed -= {"<Parallel>"}
+        room = self.rules.max_new_tokens - self.made - self.closing_cost
+        if self._asked[0] != self.steps:
+            self._asked = (self.steps, self.root.running())
+        room //= max(self._asked[1], 1)
+        if room <= _GOAL_AND_PATH + _CONCLUSION:
+            # What could not be closed within a branch's share of the budget is not offered, as it would end the whole
+            # request: the branch goes on with plain text instead.
+            openers = allowed & {"<Think>", "<Parallel>", "<Outline>"}
+            allowed -= {tag for tag in openers if self._growth(branch, self.rules.token_ids[tag]) > room}
         return self.rules.banned(allowed, self._may_end(branch))
 
     def accept(self, branch: Branch, choice: Choice) -> None:

@@ -1,6 +1,6 @@
 """Parallel decoding against transformers' own `generate()` on the same weights making the same number of tokens.
 
-`python -m benchmarks.against_stock`, or `make benchmark`.
+`python -m benchmarks.against_stock`.
 """
 
 from pathlib import Path

@@ -188,16 +188,13 @@ class Request:
             position = branch.next_position
             tag, forks = _closing_tag(left[-1]), _may_fork(branch)
             self._force_tag(branch, tag)
-            if tag == "<Outline>" and forks:
-                branch.blocks[-1].outlines.append(len(branch.history) - 1)
-                self.count_open_tags(branch)
-            elif tag == "</Goal>" and forks:
+            if tag == "</Goal>" and forks:
                 self._fork_closed(branch, branch.blocks[-1])
             if branch.parent is not None and not branch.grammar.stack:
                 self.finish_path(branch, None, position, separator=False)
 
     def _growth(self, branch: Branch, token_id: int) -> int:
-        """By how much `made + closing_cost()` grows if `branch` takes `token_id`."""
+        """By how much `made + closing_cost` grows if `branch` takes `token_id`."""
         tag = self.rules.tag_of_id.get(token_id)
         separator = len(self.rules.header.separator)
         if token_id in self.rules.eos_token_ids:
@@ -206,10 +203,10 @@ class Request:
             return 1
         if tag == "<Parallel>":
             return 1 + _GOAL_AND_PATH + _CONCLUSION
-        if tag == "<Outline>" and _may_fork(branch) and branch.blocks[-1].outlines:
-            return 4
-        if not tag.startswith("</"):
+        if tag == "<Think>":
             return 2
+        if tag == "<Outline>" and branch.grammar.stack[-1].outlines:
+            return 4 if _may_fork(branch) else 2
         if tag == "</Path>":
             return separator
         if tag != "</Goal>" or not branch.blocks:
@@ -233,7 +230,16 @@ class Request:
             self._write(branch, token_id)
 
     def _read_tag(self, branch: Branch, tag: str) -> None:
-        """Follows a tag that was just written to `branch`."""
+        """Does what a sampled tag calls for, just after it was written to `branch`."""
+        self._record_tag(branch, tag)
+        if tag == "</Goal>" and branch.blocks:
+            self.force(branch, self.rules.header.separator)
+            self.fork(branch, branch.blocks[-1], self._labels(branch, branch.blocks[-1]), [])
+        elif tag == "</Path>" and branch.parent is not None and not branch.grammar.stack:
+            self.finish_path(branch, "closed", branch.next_position - 1)
+
+    def _record_tag(self, branch: Branch, tag: str) -> None:
+        """Takes the tag that was just written to `branch` into its open tags and blocks."""
         index = len(branch.history) - 1
         branch.grammar.read(tag, index)
         if tag == "<Parallel>":
@@ -245,11 +251,6 @@ class Request:
         elif tag == "</Parallel>" and branch.blocks:
             branch.blocks.pop()
         self.count_open_tags(branch)
-        if tag == "</Goal>" and branch.blocks:
-            self.force(branch, self.rules.header.separator)
-            self.fork(branch, branch.blocks[-1], self._labels(branch, branch.blocks[-1]), [])
-        elif tag == "</Path>" and branch.parent is not None and not branch.grammar.stack:
-            self.finish_path(branch, "closed", branch.next_position - 1)
 
     def _labels(self, branch: Branch, block: Block) -> list[str]:
         """The label of every path that `block`, written by `branch`, calls for."""
@@ -294,7 +295,6 @@ class Request:
 
     def _fork_closed(self, branch: Branch, block: Block) -> None:
         """Gives every outline of `block` an empty path: there is no room to work on any of them."""
-        block.goal_position = branch.next_position - 1
         fork = branch.open_fork(block, [])
         for label in self._labels(branch, block):
             child = branch.child(next(self._branch_numbers), label, block)
@@ -316,8 +316,7 @@ class Request:
 
     def _force_tag(self, branch: Branch, tag: str) -> None:
         self._write(branch, self.rules.token_ids[tag])
-        branch.grammar.read(tag, len(branch.history) - 1)
-        self.count_open_tags(branch)
+        self._record_tag(branch, tag)
 
     def count_open_tags(self, branch: Branch) -> None:
         """Brings `closing_cost` up to date after the open tags of `branch` have changed."""

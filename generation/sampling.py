@@ -117,10 +117,11 @@ class Sampler:
         scores = raw.clone() if options.keep_logits or options.keep_logprobs else raw
         # Before the processors, which choose among what is left, and after them: some set scores instead of changing
         # them, and would let a banned token in again.
-        self._guard(branches, scores)
+        banned = self._banned(branches)
+        _ban(scores, banned)
         if any(options.processors):
             scores = self._process(branches, scores)
-            self._guard(branches, scores)
+            _ban(scores, banned)
         best = scores.max(dim=-1)
         if options.seeds is None:
             chosen = best.indices
@@ -151,14 +152,12 @@ class Sampler:
             for row, token in enumerate(token_ids)
         ]
 
-    def _guard(self, branches: Sequence[tuple[int, Branch]], scores: torch.Tensor) -> None:
-        """Takes out every token that would break the structure where it stands."""
+    def _banned(self, branches: Sequence[tuple[int, Branch]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The structure guard: rows, shape `(rows, 1)`, and the tokens that would break the structure in them."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for row, (number, branch) in enumerate(branches):
             rows.setdefault(self.requests[number].banned_tokens(branch), []).append(row)
-        for banned, group in rows.items():
-            if banned:
-                scores[torch.tensor(group)[:, None], torch.tensor(banned)] = -torch.inf
+        return [(torch.tensor(group)[:, None], torch.tensor(banned)) for banned, group in rows.items() if banned]
 
     def _process(self, branches: Sequence[tuple[int, Branch]], scores: torch.Tensor) -> torch.Tensor:
         lists = self.options.processors
@@ -192,6 +191,11 @@ class Sampler:
                     f"No token is left for row {number} (path {branch.label or 'root'}): `logits_processor` allows "
                     "only tokens that would break the structure there. Let it allow what closes the open tags."
                 )
+
+
+def _ban(scores: torch.Tensor, banned: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for rows, token_ids in banned:
+        scores[rows, token_ids] = -torch.inf
 
 
 def _place(branch: Branch) -> str:

@@ -1,5 +1,6 @@
 """Streams: an ordinary streamer in linear order, and two that tell the branches apart."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +13,7 @@ from .branch import Branch, BranchStatus, Token
 from .request import Request
 
 
-class BranchStreamer(BaseStreamer):
+class BranchStreamer(BaseStreamer, ABC):
     """A streamer that sees the branches grow side by side. Pass a subclass as `generate(streamer=...)`.
 
     `put_step` is called after every sequential step with the live requests; `request.branches()` lists their branches,
@@ -22,13 +23,13 @@ class BranchStreamer(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         """Gets the prompt, shape `(B, prompt)`, before decoding starts."""
 
+    @abstractmethod
     def put_step(self, requests: Sequence[Request]) -> None:
         """Gets all requests after a step.
 
         Args:
             requests (`Sequence[Request]`): one per row, finished ones included.
         """
-        raise NotImplementedError("A BranchStreamer must define `put_step(requests)`.")
 
     def end(self) -> None:
         """Called once when all requests have come to their end."""
@@ -69,9 +70,9 @@ class EventStreamer(BranchStreamer):
         self.skip_special_tokens = skip_special_tokens
         self._rows: list[dict[Branch, _Progress]] = []
 
+    @abstractmethod
     def on_event(self, event: BranchEvent) -> None:
         """Gets every event as it happens."""
-        raise NotImplementedError("An EventStreamer must define `on_event(event)`.")
 
     def put_step(self, requests: Sequence[Request]) -> None:
         if not self._rows:

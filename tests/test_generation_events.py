@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import both_modes
-from decoding import FORK_AND_END, MIXED, NESTED, PROMPTS, TWO_PATHS, Boost, follow, padded
+from decoding import FORK_AND_END, MIXED, NESTED, PROMPTS, TWO_PATHS, follow, padded
 from multiverse import TAGS, add_multiverse_tokens
-from multiverse.generation.streaming import BranchEvent, EventStreamer
+from multiverse.generation.streaming import BranchEvent, BranchStreamer, EventStreamer
 from tiny import tiny_ids, tiny_model, tiny_tokenizer
 from transformers import LogitsProcessorList
 
@@ -104,11 +104,7 @@ def test_characters_of_several_tokens_come_whole() -> None:
     assert not any("�" in piece for piece in pieces)
 
 
-def test_streamer_without_a_handler_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="on_event"):
-        tiny_model().generate(
-            torch.tensor([tiny_ids("a")]),
-            streamer=EventStreamer(WordTokenizer()),
-            logits_processor=LogitsProcessorList([Boost()]),
-            max_new_tokens=3,
-        )
+@pytest.mark.parametrize(("base", "missing"), [(EventStreamer, "on_event"), (BranchStreamer, "put_step")])
+def test_streamer_without_a_handler_is_refused_before_it_is_used(base: type, missing: str) -> None:
+    with pytest.raises(TypeError, match=missing):
+        type("Unfinished", (base,), {})()

@@ -46,6 +46,24 @@ def test_budget_is_kept_and_everything_is_closed(
     assert request.closing_cost == 0
 
 
+class Exact(Request):
+    """Checks what every accepted token was said to take of the budget."""
+
+    def accept(self, branch: Branch, choice: Choice) -> None:
+        before, expected = self.made + self.closing_cost, self._growth(branch, choice.token_id)
+        super().accept(branch, choice)
+        if not self.finished:
+            assert self.made + self.closing_cost == before + expected
+
+
+@examples(300)
+@given(cut_prompts, picks, separators)
+def test_every_token_takes_what_was_reckoned_with(prompt: list[int], numbers: list[int], separator: list[int]) -> None:
+    request = Exact(prompt, rules(PLENTY, separator))
+    play(request, picking(numbers))
+    check_finished(request)
+
+
 @examples(200)
 @given(cut_prompts, picks, st.integers(0, 60), path_limits, separators, st.booleans())
 def test_what_a_cut_prompt_leaves_open_is_closed_within_the_budget(

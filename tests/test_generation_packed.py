@@ -91,6 +91,6 @@ def test_only_what_can_be_packed_is_packed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_request_for_packing_without_onednn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multiverse.generation.mixin.can_pack", lambda: False)
+    monkeypatch.setattr("multiverse.generation.arguments.can_pack", lambda: False)
     with pytest.raises(ValueError, match="`pack_linears`"):
         decode(tiny_model(dtype=torch.float32), ROWS, pack_linears=True)

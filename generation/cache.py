@@ -19,6 +19,52 @@ class Region:
     length: int = 0
 
 
+class SlotRegions:
+    """Gives out the slots of all requests. Cache and layers share it, so that neither refers to the other: a cache is
+    freed with its last user, not at some later garbage collection.
+
+    Args:
+        capacities (`list[int]`): slots to reserve at first, per request.
+
+    Attributes:
+        regions (`list[Region]`): per request.
+        slots (`int`): slots of all regions, reserved ones included.
+        writes (`list[tuple[int, int]]`): `(first slot, count)` per run of new tokens of the present step.
+    """
+
+    def __init__(self, capacities: list[int]) -> None:
+        self.regions: list[Region] = []
+        self.slots = 0
+        for capacity in capacities:
+            self.regions.append(Region(self.slots, capacity))
+            self.slots += capacity
+        self.writes: list[tuple[int, int]] = []
+
+    def reserve(self, new: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        """Gives slots to `(request, tokens)` pairs; returns what must be moved first, as `(from, to, slots)`."""
+        full = any(self.regions[request].length + count > self.regions[request].capacity for request, count in new)
+        moves = self._grow(dict(new)) if full else []
+        self.writes = []
+        for request, count in new:
+            region = self.regions[request]
+            self.writes.append((region.start + region.length, count))
+            region.length += count
+        return moves
+
+    def _grow(self, new: dict[int, int]) -> list[tuple[int, int, int]]:
+        """Doubles what is more than half full: requests of similar length then grow together, not one by one."""
+        moves = []
+        self.slots = 0
+        for request, region in enumerate(self.regions):
+            needed = region.length + new.get(request, 0)
+            if 2 * needed > region.capacity:
+                region.capacity = 2 * needed
+            moves.append((region.start, self.slots, region.length))
+            region.start = self.slots
+            self.slots += region.capacity
+        return moves
+
+
 class PathCacheLayer(CacheLayerMixin):
     """Keys and values of one layer, shape `(1, kv heads, slots, head dim)`, regions side by side.
 
@@ -28,9 +74,9 @@ class PathCacheLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: "PathCache") -> None:
+    def __init__(self, slots: SlotRegions) -> None:
         super().__init__()
-        self.cache = cache
+        self.slots = slots
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -46,14 +92,14 @@ class PathCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None  # noqa: PT018
         first = 0
-        for start, count in self.cache.writes:
+        for start, count in self.slots.writes:
             self.keys[:, :, start : start + count] = key_states[:, :, first : first + count]
             self.values[:, :, start : start + count] = value_states[:, :, first : first + count]
             first += count
         return self.keys, self.values
 
     def move(self, moves: list[tuple[int, int, int]]) -> None:
-        """Goes over to buffers of the cache's present size; `moves` are `(from, to, slots)`."""
+        """Goes over to buffers of the present size; `moves` are `(from, to, slots)`."""
         if self.is_initialized:
             assert self.keys is not None and self.values is not None  # noqa: PT018
             self.keys = self._moved(self.keys, moves)
@@ -63,17 +109,17 @@ class PathCacheLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return sum(region.length for region in self.cache.regions)
+        return sum(region.length for region in self.slots.regions)
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        for region in self.cache.regions:
+        for region in self.slots.regions:
             region.length = 0
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_empty((*like.shape[:2], self.cache.slots, like.shape[-1]))
+        return like.new_empty((*like.shape[:2], self.slots.slots, like.shape[-1]))
 
     def _moved(self, buffer: torch.Tensor, moves: list[tuple[int, int, int]]) -> torch.Tensor:
         larger = self._buffer(buffer)
@@ -91,20 +137,17 @@ class PathCache(Cache):
 
     Attributes:
         regions (`list[Region]`): per request.
-        slots (`int`): slots of all regions, reserved ones included.
-        writes (`list[tuple[int, int]]`): `(first slot, count)` per run of new tokens of the present step.
         moved_slots (`int`): slots copied so far because regions had to grow.
     """
 
     def __init__(self, num_layers: int, capacities: list[int]) -> None:
-        self.regions: list[Region] = []
-        self.slots = 0
-        for capacity in capacities:
-            self.regions.append(Region(self.slots, capacity))
-            self.slots += capacity
-        self.writes: list[tuple[int, int]] = []
+        self._slots = SlotRegions(capacities)
         self.moved_slots = 0
-        super().__init__(layers=[PathCacheLayer(self) for _ in range(num_layers)])
+        super().__init__(layers=[PathCacheLayer(self._slots) for _ in range(num_layers)])
+
+    @property
+    def regions(self) -> list[Region]:
+        return self._slots.regions
 
     def reserve(self, new: list[tuple[int, int]]) -> None:
         """Gives slots to the tokens of the next forward pass.
@@ -112,26 +155,9 @@ class PathCache(Cache):
         Args:
             new (`list[tuple[int, int]]`): `(request, tokens)` in the order of the flat row.
         """
-        if any(self.regions[request].length + count > self.regions[request].capacity for request, count in new):
-            self._grow(dict(new))
-        self.writes = []
-        for request, count in new:
-            region = self.regions[request]
-            self.writes.append((region.start + region.length, count))
-            region.length += count
-
-    def _grow(self, new: dict[int, int]) -> None:
-        """Doubles what is more than half full: requests of similar length then grow together, not one by one."""
-        moves = []
-        self.slots = 0
-        for request, region in enumerate(self.regions):
-            needed = region.length + new.get(request, 0)
-            if 2 * needed > region.capacity:
-                region.capacity = 2 * needed
-            if region.length:
-                moves.append((region.start, self.slots, region.length))
-            region.start = self.slots
-            self.slots += region.capacity
+        moves = self._slots.reserve(new)
+        if not moves:
+            return
         self.moved_slots += sum(count for _, _, count in moves)
         for layer in self.layers:
             assert isinstance(layer, PathCacheLayer)

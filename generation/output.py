@@ -120,7 +120,7 @@ def collect_output(
     pad_token_id: int,
     kept: SamplingOptions,
 ) -> MultiverseGenerateOutput:
-    """Puts the requests' tokens in linear order behind their prompts.
+    """Puts the requests' tokens in linear order behind their prompts, and takes over the logits that they keep.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(B, prompt)`): as given, padding included.
@@ -167,9 +167,15 @@ def collect_output(
 
 
 def _stacked(tokens: list[Token], name: str) -> torch.Tensor:
-    """What the sampled tokens keep under `name`, shape `(sampled tokens, vocabulary)`."""
-    kept = [getattr(token.choice, name) for token in tokens if token.choice is not None]
-    return torch.stack(kept) if kept else torch.empty(0, 0)
+    """What the sampled tokens keep under `name`, shape `(sampled tokens, vocabulary)`; they keep it no longer.
+
+    Branches refer to each other in circles, so what hangs on them would stay until a garbage collection.
+    """
+    choices = [token.choice for token in tokens if token.choice is not None]
+    stacked = torch.stack([getattr(choice, name) for choice in choices]) if choices else torch.empty(0, 0)
+    for choice in choices:
+        setattr(choice, name, None)
+    return stacked
 
 
 def _report(branch: Branch) -> BranchReport:

@@ -12,7 +12,7 @@ from multiverse.generation.output import MultiverseGenerateOutput
 from multiverse.generation.request import Request
 from multiverse.generation.streaming import BranchStreamer
 from tiny import EOS, PAD, TOKEN_IDS, WORDS, Script, tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 GOAL = "<Goal> _ <Outline> _ 1 : b _ </Outline> _ <Outline> _ 2 : c _ </Outline> _ <Outline> d </Outline> _ </Goal>"
 NESTED_GOAL = "<Parallel> <Goal> <Outline> 2 . 1 : e </Outline> <Outline> f </Outline> </Goal>"
@@ -96,6 +96,21 @@ class Say(LogitsProcessor):
         kept = torch.full_like(scores, -torch.inf)
         kept[:, self.token_id] = 0
         return kept
+
+
+class Trouble(RuntimeError):
+    """Raised by what a user passes in."""
+
+
+class FailingCriterion(StoppingCriteria):
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            raise Trouble
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 class Watch(BranchStreamer):

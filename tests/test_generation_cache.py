@@ -1,21 +1,24 @@
 """The cache of the engine and its table of visible slots."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from cases import both_modes
-from decoding import FORK_AND_END, MIXED, PROMPTS, Boost, Watch, decode, padded, real_tokens
+from decoding import FORK_AND_END, MIXED, PROMPTS, Boost, FailingCriterion, Trouble, Watch, decode, padded, real_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from multiverse import BranchLayout
-from multiverse.generation.branch import Branch
+from multiverse.generation.branch import Branch, Choice
 from multiverse.generation.cache import PathCache, PathCacheLayer
 from multiverse.generation.model_step import ModelStep, NewTokens
+from multiverse.generation.sampling import Sampler
 from multiverse.generation.visibility import VisibleSlots
 from tiny import TOKEN_IDS, tiny_ids, tiny_model
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 
 def test_cache_slots_are_written_once_and_never_moved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,13 +29,13 @@ def test_cache_slots_are_written_once_and_never_moved(monkeypatch: pytest.Monkey
         before = layer.keys.clone() if layer.is_initialized else None
         address = layer.keys.data_ptr() if layer.is_initialized else None
         result = plain_update(layer, keys, values, *args, **kwargs)
-        fresh = torch.cat([torch.arange(first, first + count) for first, count in layer.cache.writes])
+        fresh = torch.cat([torch.arange(first, first + count) for first, count in layer.slots.writes])
         assert torch.equal(result[0][:, :, fresh], keys)
         assert torch.equal(result[1][:, :, fresh], values)
         written[id(layer)] = written.get(id(layer), 0) + len(fresh)
         if before is not None:
             assert layer.keys.data_ptr() == address
-            for region, (first, _) in zip(layer.cache.regions, layer.cache.writes, strict=False):
+            for region, (first, _) in zip(layer.slots.regions, layer.slots.writes, strict=False):
                 assert first >= region.start
             old = torch.ones(before.shape[2], dtype=torch.bool)
             old[fresh] = False
@@ -81,7 +84,42 @@ def test_cost_of_growing_is_bounded_by_what_is_held() -> None:
         cache.reserve([(request, 1) for request in range(8) if step % (request + 1) == 0])
     held = sum(region.length for region in cache.regions)
     assert cache.moved_slots <= 4 * held
-    assert cache.slots <= 4 * held
+    assert sum(region.capacity for region in cache.regions) <= 4 * held
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_nothing_heavy_outlives_a_call(interrupted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed by the last reference: the garbage collector may be a long way off when memory runs short."""
+    alive: list[weakref.ref] = []
+    plain_cache, plain_choose = PathCache.__init__, Sampler.choose
+
+    def new_cache(cache: PathCache, *args: Any, **kwargs: Any) -> None:
+        plain_cache(cache, *args, **kwargs)
+        alive.append(weakref.ref(cache))
+        alive.extend(weakref.ref(layer) for layer in cache.layers)
+
+    def choose(sampler: Sampler, *args: Any) -> list[Choice]:
+        choices = plain_choose(sampler, *args)
+        alive.extend(weakref.ref(kept) for each in choices for kept in (each.logits, each.scores))
+        return choices
+
+    monkeypatch.setattr(PathCache, "__init__", new_cache)
+    monkeypatch.setattr(Sampler, "choose", choose)
+    prompts = [tiny_ids(PROMPTS[name]) for name in MIXED]
+    gc.collect()
+    gc.disable()
+    try:
+        criteria = StoppingCriteriaList([FailingCriterion(40)] if interrupted else [])
+        options = {"output_scores": True, "max_new_tokens": 90, "stopping_criteria": criteria}
+        if interrupted:
+            with pytest.raises(Trouble):
+                decode(tiny_model(), prompts, FORK_AND_END, **options)
+        else:
+            decode(tiny_model(), prompts, FORK_AND_END, **options)
+        assert len(alive) > 50
+        assert not [each for each in alive if each() is not None]
+    finally:
+        gc.enable()
 
 
 @both_modes

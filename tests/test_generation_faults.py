@@ -5,20 +5,28 @@ from collections.abc import Sequence
 import pytest
 import torch
 from cases import both_modes
-from decoding import MIXED, PROMPTS, Boost, Say, check_parity, decode, layout_of, padded, real_tokens
+from decoding import (
+    MIXED,
+    PROMPTS,
+    Boost,
+    FailingCriterion,
+    Say,
+    Trouble,
+    check_parity,
+    decode,
+    layout_of,
+    padded,
+    real_tokens,
+)
 from multiverse.generation.attention import PATH_ATTENTION
 from multiverse.generation.output import MultiverseGenerateOutput
 from multiverse.generation.request import Request
 from multiverse.generation.streaming import BranchStreamer
 from tiny import TOKEN_IDS, tiny_ids, tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 ROWS = [tiny_ids(PROMPTS[name]) for name in MIXED]
-
-
-class Trouble(RuntimeError):
-    """Raised by what a user passes in."""
 
 
 class FailingStep(BranchStreamer):
@@ -42,17 +50,6 @@ class FailingPut(BaseStreamer):
 
     def end(self) -> None:
         pass
-
-
-class FailingCriterion(StoppingCriteria):
-    def __init__(self, calls: int) -> None:
-        self.left = calls
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        self.left -= 1
-        if not self.left:
-            raise Trouble
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 def check_partial(error: BaseException, prompts: Sequence[Sequence[int]]) -> MultiverseGenerateOutput:

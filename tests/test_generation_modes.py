@@ -25,9 +25,7 @@ def test_both_modes_write_the_same_tokens() -> None:
             beside, alone = (output.reports[row] for output in outputs)
             assert alone.sequential_steps >= beside.sequential_steps
             asked = int(outputs[1].sampled[row].sum()) + sum(path.finish_reason == "eos" for path in alone.branches)
-            if "length" in (beside.finish_reason, alone.finish_reason):
-                assert alone.sequential_steps in (asked, asked + 1), "an answer that does not fit is not written"
-                continue
+            assert beside.finish_reason == alone.finish_reason == "eos", "a budget may cut the modes at other places"
             assert real_tokens(outputs[0], prompts, row) == real_tokens(outputs[1], prompts, row)
             assert alone.sequential_steps == asked
             forked += len(beside.branches) > 1

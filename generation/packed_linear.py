@@ -9,6 +9,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -18,16 +19,21 @@ from torch.nn.functional import linear
 _LEAST_ELEMENTS = 1 << 15
 #: Rows that the layout is chosen for, and up to which it is used: a prompt is better off with the plain product.
 _ROWS_HINT, _MOST_ROWS = 8, 64
+#: Layers of one parent module that transformers' decoder layers call on the same tensor, in this order.
+_SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass
 class _Packed:
+    """Weights of the layers of one group in oneDNN's layout, and what they were made from."""
+
     weight: torch.Tensor
-    checksum: int
-    address: int
+    bias: torch.Tensor | None
+    checksums: tuple[int, ...]
+    addresses: tuple[int, ...]
 
 
-_packs: "weakref.WeakKeyDictionary[nn.Module, dict[str, _Packed]]" = weakref.WeakKeyDictionary()
+_packs: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], _Packed]]" = weakref.WeakKeyDictionary()
 
 
 def can_pack() -> bool:
@@ -54,32 +60,80 @@ def packed_forwards(model: nn.Module) -> dict[nn.Linear, Callable[[torch.Tensor]
     The packed weights are kept for the next call, as long as the model lives.
     """
     kept = _packs.setdefault(model, {})
-    modules = _linears(model)
-    for name in set(kept) - set(modules):
-        del kept[name]
-    forwards = {}
-    for name, module in modules.items():
-        weight = module.weight.detach()
-        checksum, address = _checksum(weight), weight.data_ptr()
-        packed = kept.get(name)
-        if packed is None or packed.checksum != checksum or packed.address != address:
+    linears = _linears(model)
+    groups = _groups(linears)
+    for names in set(kept) - set(groups):
+        del kept[names]
+    forwards: dict[nn.Linear, Callable[[torch.Tensor], torch.Tensor]] = {}
+    for names in groups:
+        modules = [linears[name] for name in names]
+        checksums = tuple(_checksum(module.weight.detach()) for module in modules)
+        addresses = tuple(module.weight.data_ptr() for module in modules)
+        packed = kept.get(names)
+        if packed is None or packed.checksums != checksums or packed.addresses != addresses:
+            weights = [module.weight.detach() for module in modules]
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             reordered = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
-            packed = kept[name] = _Packed(reordered, checksum, address)
-        forwards[module] = _forward(module, packed.weight)
+            packed = kept[names] = _Packed(reordered, None, checksums, addresses)
+        # Small, so it is taken anew at every call and cannot go stale.
+        biases = [module.bias.detach() for module in modules if module.bias is not None]
+        packed.bias = torch.cat(biases) if biases else None
+        forwards |= dict(zip(modules, _SharedInput(modules, packed).forwards(), strict=True))
     return forwards
 
 
-def _forward(module: nn.Linear, packed: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, bias = module.weight, module.bias
-    columns, dtype = weight.shape[1], weight.dtype
+class _SharedInput:
+    """Layers that are given the same tensor one after another: the first call computes them all in one product.
 
-    def forward(inputs: torch.Tensor) -> torch.Tensor:
-        # Another dtype means autocast, which casts the weight too.
-        if inputs.numel() > _MOST_ROWS * columns or inputs.dtype != dtype or torch.is_autocast_enabled("cpu"):
-            return linear(inputs, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+    A layer that is given another tensor, as when two threads run the model at once, computes its own product.
+    """
 
-    return forward
+    def __init__(self, modules: list[nn.Linear], packed: _Packed) -> None:
+        self.modules, self.packed = modules, packed
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forwards(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """The replacement for the `forward` of each layer."""
+        ends = list(accumulate(module.out_features for module in self.modules))
+        starts = [0, *ends[:-1]]
+        return [self._forward(number, starts[number], end) for number, end in enumerate(ends)]
+
+    def _forward(self, number: int, start: int, end: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        module, packed = self.modules[number], self.packed
+        weight, bias = module.weight, module.bias
+        columns, dtype = weight.shape[1], weight.dtype
+        alone, first, last = len(self.modules) == 1, number == 0, number == len(self.modules) - 1
+
+        def forward(inputs: torch.Tensor) -> torch.Tensor:
+            # Another dtype means autocast, which casts the weight too.
+            if inputs.numel() > _MOST_ROWS * columns or inputs.dtype != dtype or torch.is_autocast_enabled("cpu"):
+                return linear(inputs, weight, bias)
+            if alone or first:
+                output = torch.ops.mkldnn._linear_pointwise(inputs, packed.weight, packed.bias, "none", [], "")
+                if alone:
+                    return output
+                self._last = (inputs, output)
+            else:
+                shared = self._last
+                if shared is None or shared[0] is not inputs:
+                    return linear(inputs, weight, bias)
+                output = shared[1]
+                if last:
+                    self._last = None
+            return output[..., start:end]
+
+        return forward
+
+
+def _groups(linears: dict[str, nn.Linear]) -> list[tuple[str, ...]]:
+    """Names of the layers to pack, those that share their input and their kind together."""
+    groups: dict[tuple, list[str]] = {}
+    for name, module in linears.items():
+        parent, _, leaf = name.rpartition(".")
+        shared = next((number for number, leaves in enumerate(_SHARED_INPUTS) if leaf in leaves), name)
+        kind = (parent, shared, module.in_features, module.weight.dtype, module.bias is None)
+        groups.setdefault(kind, []).append(name)
+    return [tuple(names) for names in groups.values()]
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -98,9 +152,12 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _checksum(weight: torch.Tensor) -> int:
-    """Sum of the weight's bits: a change anywhere shows in it."""
-    bits = weight.view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
-    return int(bits.sum(dtype=torch.int64))
+    """Sum of the weight's bits, rows weighted by their place: a change anywhere shows in it, and so do rows that move."""
+    # The widest integers that divide a row: the sum is then as fast as memory.
+    row = weight.shape[1] * weight.element_size()
+    bits = weight.view(torch.int64 if row % 8 == 0 else torch.int32 if row % 4 == 0 else torch.int16)
+    rows = bits.sum(dim=1, dtype=torch.int64)
+    return int((rows * torch.arange(1, 2 * len(rows), 2)).sum())
 
 
 def _free_memory() -> int:

@@ -135,7 +135,7 @@ class Sampler:
         logprobs = None
         columns = [chosen.double(), best.values.double()]
         if options.keep_logprobs:
-            columns.append(raw.gather(1, chosen[:, None])[:, 0].double() - raw.double().logsumexp(dim=-1))
+            columns.append(raw.gather(1, chosen[:, None])[:, 0].double() - raw.logsumexp(dim=-1).double())
         # The one place where the host waits for the device.
         read = torch.stack(columns).tolist()
         token_ids, maxima = [int(token) for token in read[0]], read[1]

@@ -22,10 +22,10 @@ def pack_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every product on packed weights."""
     rows: list[int] = []
-    plain = packed_linear._forward
+    plain = packed_linear._SharedInput._forward
 
-    def forward(module, packed):
-        run = plain(module, packed)
+    def forward(self, number, start, end):
+        run = plain(self, number, start, end)
 
         def counted(inputs):
             rows.append(inputs.shape[-2])
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return counted
 
-    monkeypatch.setattr(packed_linear, "_forward", forward)
+    monkeypatch.setattr(packed_linear._SharedInput, "_forward", forward)
     return rows
 
 
@@ -52,18 +52,51 @@ def test_any_change_of_a_weight_is_noticed() -> None:
     model = tiny_model(dtype=torch.float32)
     layer = model.model.layers[1].mlp.up_proj
     inputs = torch.randn(3, layer.in_features)
-    for change in ("data", "in place", "replaced", "none"):
+    for change in ("data", "in place", "rows", "replaced", "none"):
         before = packed_forwards(model)[layer](inputs)
         if change == "data":
             layer.weight.data[3, 5] += 1.0  # what autograd's version counter does not see
         elif change == "in place":
             with torch.no_grad():
                 layer.weight.mul_(1.5)
+        elif change == "rows":
+            layer.weight.data[[0, 1]] = layer.weight.data[[1, 0]]
         elif change == "replaced":
             layer.weight = torch.nn.Parameter(layer.weight.detach() + 0.25)
         after = packed_forwards(model)[layer](inputs)
         assert torch.allclose(after, layer(inputs), atol=1e-5)
         assert torch.equal(before, after) == (change == "none")
+
+
+@pytest.mark.parametrize("order", ["qkv", "kqv", "vkq", "qk", "qqkv"])
+def test_layers_that_share_an_input_give_their_own_product(order: str) -> None:
+    """Whatever the order of the calls, and whatever comes between them."""
+    model = tiny_model("qwen2", dtype=torch.float32)
+    attention = model.model.layers[0].self_attn
+    layers = {name: getattr(attention, f"{name}_proj") for name in "qkv"}
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.bias)  # as a checkpoint of Qwen2 has them
+    forwards = packed_forwards(model)
+    inputs, others = torch.randn(2, 1, 3, attention.q_proj.in_features)
+    for name in order:
+        for given in (inputs, inputs, others, inputs):
+            assert torch.allclose(forwards[layers[name]](given), layers[name](given), atol=1e-5)
+    for name in order:
+        assert torch.allclose(forwards[layers[name]](inputs), layers[name](inputs), atol=1e-5)
+
+
+def test_layers_that_share_an_input_run_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = (model := tiny_model(dtype=torch.float32)).model.layers[0].self_attn
+    forwards = packed_forwards(model)
+    products: list[int] = []
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *args: products.append(args[0].shape[-2]) or pointwise(*args)
+    )
+    inputs = torch.randn(1, 3, attention.q_proj.in_features)
+    outputs = [forwards[layer](inputs) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert products == [3]
+    assert [output.shape[-1] for output in outputs] == [32, 16, 16]
 
 
 def test_model_is_itself_again_after_decoding() -> None:

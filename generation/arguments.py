@@ -18,6 +18,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "max_depth": 8,
     "max_path_tokens": None,
     "max_sequential_steps": None,
+    "max_kv_slots": None,
     "seed": None,
     "decode_attention": "auto",
     "pack_linears": None,
@@ -33,6 +34,7 @@ _POSITIVE = (
     "max_depth",
     "max_path_tokens",
     "max_sequential_steps",
+    "max_kv_slots",
     "num_return_sequences",
 )
 
@@ -52,7 +54,7 @@ _REMOTE_MODES: dict[GenerationMode, tuple[str, ...]] = {
 }
 
 #: Arguments of ours that a loop of transformers' own would drop in silence.
-_ENGINE_ONLY = ("max_path_tokens", "max_sequential_steps", "seed")
+_ENGINE_ONLY = ("max_path_tokens", "max_sequential_steps", "max_kv_slots", "seed")
 
 
 def row_seeds(seed: int | list[int] | None, rows: int) -> list[int]:
@@ -185,11 +187,9 @@ def in_stock_loop(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def check_decoding(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
+def check_decoding(config: GenerationConfig, synced_gpus: bool) -> None:
     """Refuses prepared options that the engine does not honour, rather than dropping them in silence."""
-    cache = model_kwargs.get("past_key_values")
     refused = {
-        "past_key_values": cache is not None and cache.get_seq_length() > 0,
         "use_cache=False": config.use_cache is False,
         "synced_gpus": synced_gpus,
         "output_attentions": bool(config.output_attentions),

@@ -43,12 +43,14 @@ class Token:
         position (`int`): rotary position.
         choice (`Choice`, *optional*): how the model came to it; `None` for a token that the engine forced.
         step (`int`): sequential step that made it, from 1; 0 for what the prompt's end called for.
+        slot (`int`): its slot in the request's region of the cache; -1 until it has been run.
     """
 
     id: int
     position: int
     choice: Choice | None = None
     step: int = 0
+    slot: int = -1
 
     @property
     def forced(self) -> bool:

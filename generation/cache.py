@@ -7,7 +7,7 @@ generation, and never at a fork or a merge.
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 
 @dataclass
@@ -148,6 +148,30 @@ class PathCache(Cache):
     @property
     def regions(self) -> list[Region]:
         return self._slots.regions
+
+    def adopt(self, cache: Cache, columns: list[torch.Tensor]) -> None:
+        """Copies what an earlier turn has left to the beginning of every region.
+
+        Args:
+            cache (`Cache`): layers of shape `(B, kv heads, length, head dim)`.
+            columns (`list[torch.Tensor]`): per request the columns of its tokens.
+        """
+        self.reserve([(request, len(own)) for request, own in enumerate(columns)])
+        for number, layer in enumerate(cache.layers):
+            assert isinstance(layer, DynamicLayer)
+            keys, values = (
+                torch.cat([held[row][:, own.to(held.device)] for row, own in enumerate(columns)], dim=1)[None]
+                for held in (layer.keys, layer.values)
+                if held is not None
+            )
+            self.update(keys, values, number)
+
+    def buffers(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer, shape `(1, kv heads, slots, head dim)`, regions side by side."""
+        layer = self.layers[number]
+        assert isinstance(layer, PathCacheLayer)
+        assert layer.keys is not None and layer.values is not None  # noqa: PT018
+        return layer.keys, layer.values
 
     def reserve(self, new: list[tuple[int, int]]) -> None:
         """Gives slots to the tokens of the next forward pass.

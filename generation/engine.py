@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import MaxTimeCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -19,6 +20,7 @@ from .request import Request
 from .sampling import Sampler, SamplingOptions
 from .scheduler import branches_to_run
 from .streaming import BranchStreamer, LinearFeed
+from .transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,15 @@ class Engine:
             self._show = streamer.put_step if isinstance(streamer, BranchStreamer) else LinearFeed(streamer).put_step
         self._numbers = {request: number for number, request in enumerate(requests)}
 
-    def run(self) -> None:
-        """Decodes until every request has come to its end."""
+    def run(self, past: Cache | None = None, columns: list[torch.Tensor] | None = None) -> None:
+        """Decodes until every request has come to its end.
+
+        Args:
+            past (`Cache`, *optional*): keys and values of an earlier turn, in linear order.
+            columns (`list[torch.Tensor]`, *optional*): its columns that hold the first tokens of each prompt.
+        """
+        if past is not None and columns is not None:
+            self.model_step.adopt(past, columns)
         self._prefill()
         while live := [number for number, request in enumerate(self.requests) if not request.finished]:
             self._step(live)
@@ -102,7 +111,7 @@ class Engine:
         order = [(number, branch) for number, branches in plan for branch in branches]
         sampled = [row for row, (_, branch) in enumerate(order) if branch.status is BranchStatus.RUNNING]
         if len(sampled) < len(order):
-            logits = logits[torch.tensor(sampled, device=logits.device)]
+            logits = logits.index_select(0, on_device(sampled, logits.device))
         self._sample([order[row] for row in sampled], logits)
         for number, stage in zip(live, stages, strict=True):
             self.requests[number].count_seconds(stage, time.perf_counter() - began)
@@ -119,16 +128,13 @@ class Engine:
                 self._check_criteria(request, branch)
         for number in dict.fromkeys(number for number, _ in branches):
             self.requests[number].end_step()
-        if self._clocks and any(bool(clock(self._nothing, None)[0]) for clock in self._clocks):
+        # On the host: what a clock says is a tensor, and would be waited for on a device.
+        if self._clocks and any(bool(clock(torch.empty(1, 0), None)[0]) for clock in self._clocks):  # type: ignore[arg-type]
             for request in self.requests:
                 if not request.finished:
                     request.close("max_time")
         if self._show is not None:
             self._show(self.requests)
-
-    @property
-    def _nothing(self) -> torch.Tensor:
-        return torch.empty(1, 0, dtype=torch.long, device=self.device)
 
     def _check_criteria(self, request: Request, branch: Branch) -> None:
         """Ends the request if a stopping criterion holds for what `branch` sees."""

@@ -27,6 +27,7 @@ from .arguments import (
 from .attachment import attached
 from .engine import Engine, EngineOptions
 from .output import MultiverseGenerateOutput, collect_output
+from .past import WANTED, cached_columns, check_past_structure, return_past
 from .processors import RowPrefixConstraint, processors_of_row
 from .request import Request, RequestRules
 from .sampling import SamplingOptions
@@ -42,6 +43,8 @@ class MultiverseGenerationMixin(GenerationMixin):
     - `max_depth` (`int`, default 8): most blocks around a token; deeper paths are not offered another block.
     - `max_path_tokens` (`int`, *optional*): a path that holds this many tokens itself is closed.
     - `max_sequential_steps` (`int`, *optional*): budget of the critical path; then everything open is closed.
+    - `max_kv_slots` (`int`, *optional*): cache slots a request may hold, one per token of prompt and answer; then
+      everything open is closed.
     - `seed` (`int` or `list[int]`, *optional*): what a sampled request draws from, whatever else is in the batch; an
       `int` stands for itself, itself + 1, ... over the rows. Without it, seeds come from torch's global generator.
     - `decode_attention` (`str`, default `"auto"`): `"folded"` runs the branches and heads of a request as rows of one
@@ -58,7 +61,12 @@ class MultiverseGenerationMixin(GenerationMixin):
     `assistant_early_exit`) and prompt lookup (`prompt_lookup_num_tokens`) run in transformers' own loops, with its own
     outputs. The tags that the model writes have the meaning of LAYOUT.md there too, but that is all: nothing is forced
     and nothing banned, so path headers, separators, `<Conclusion>` and a sound structure are up to the model, and of
-    the arguments above only `parallel` counts; `max_path_tokens`, `max_sequential_steps` and `seed` are refused.
+    the arguments above only `parallel` counts; `max_path_tokens`, `max_sequential_steps`, `max_kv_slots` and `seed`
+    are refused.
+
+    `past_key_values` of an earlier turn may be passed along with the whole text, the cached tokens first: the returned
+    `sequences` and what follows them. The cache that is passed is filled anew, so one `DynamicCache` serves a whole
+    conversation, and forward passes too.
     """
 
     def set_generation_defaults(self) -> None:
@@ -87,6 +95,8 @@ class MultiverseGenerationMixin(GenerationMixin):
                 contrastive search, paged caches).
         """
         self.set_generation_defaults()
+        if isinstance(past := kwargs.get("past_key_values"), Cache):
+            setattr(past, WANTED, True)
         given = inputs if inputs is not None else kwargs.get("input_ids")
         check_generate_arguments(given, generation_config, kwargs, self.generation_config)
         if self.config.multiverse_token_ids:
@@ -140,7 +150,7 @@ class MultiverseGenerationMixin(GenerationMixin):
                 streamer,
                 **model_kwargs,
             )
-        check_decoding(generation_config, synced_gpus, model_kwargs)
+        check_decoding(generation_config, synced_gpus)
         eos_criteria = [criteria for criteria in stopping_criteria if isinstance(criteria, EosTokenCriteria)]
         eos = {int(token) for criteria in eos_criteria for token in criteria.eos_token_id.flatten()}
         handled = (EosTokenCriteria, MaxLengthCriteria)
@@ -152,12 +162,15 @@ class MultiverseGenerationMixin(GenerationMixin):
             max_path_tokens=generation_config.max_path_tokens,
             max_depth=generation_config.max_depth,
             max_sequential_steps=generation_config.max_sequential_steps,
+            max_kv_slots=generation_config.max_kv_slots,
         )
         mask = model_kwargs.get("attention_mask")
         real = torch.ones_like(input_ids, dtype=torch.bool).cpu() if mask is None else mask.bool().cpu()
         prompts = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), real, strict=True)]
         if not all(prompts):
             raise ValueError("`attention_mask` hides every token of a row. Give each row at least one prompt token.")
+        past = model_kwargs.get("past_key_values")
+        columns = cached_columns(past, input_ids, real)
         as_dict = bool(generation_config.return_dict_in_generate)
         sampling = SamplingOptions(
             processors=[
@@ -170,6 +183,8 @@ class MultiverseGenerationMixin(GenerationMixin):
             keep_logprobs=as_dict,
         )
         requests = [Request(prompt, rules) for prompt in prompts]
+        if past is not None and columns is not None:
+            check_past_structure(past, [request.machine for request in requests], [len(own) for own in columns])
         criteria = StoppingCriteriaList(each for each in stopping_criteria if not isinstance(each, handled))
         pad_token_id = generation_config.pad_token_id
         if pad_token_id is None:
@@ -184,7 +199,8 @@ class MultiverseGenerationMixin(GenerationMixin):
                 width=generation_config.max_paths if generation_config.parallel else 1,
             )
             try:
-                Engine(self, requests, sampling, criteria, options, streamer).run()
+                engine = Engine(self, requests, sampling, criteria, options, streamer)
+                engine.run(past, columns)
             except BaseException as error:
                 # Ctrl-C included: hours of decoding must not be lost with it.
                 for request in requests:
@@ -192,4 +208,13 @@ class MultiverseGenerationMixin(GenerationMixin):
                         request.close("interrupted")
                 error.partial_output = collected()  # type: ignore[attr-defined]
                 raise
-        return collected() if as_dict else collected().sequences
+            output = collected()
+            wanted = getattr(past, WANTED, False)
+            if past is not None and (as_dict or wanted):
+                if wanted:
+                    engine.model_step.run_rest()
+                assert output.sequences is not None and output.branch_ids is not None  # noqa: PT018
+                real = torch.cat([real, output.branch_ids[:, real.shape[1] :].cpu() >= 0], dim=1)
+                return_past(past, engine.model_step.cache, requests, output.sequences, real)
+                output.past_key_values = past
+        return output if as_dict else output.sequences

@@ -13,11 +13,13 @@ import torch
 from multiverse.layout import BranchLayout
 from multiverse.masking_multiverse import explicit_mask
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from .attention import Segment, StepPlan, fold_mask
 from .branch import Branch
 from .cache import PathCache
 from .request import Request
+from .transfer import on_device
 from .visibility import VisibleSlots
 
 #: Prompts are run together up to this many tokens: enough to keep a device busy, few enough for its memory.
@@ -68,6 +70,25 @@ class ModelStep:
         # Stands for a mask that has been prepared, so that the backbone prepares none; attention reads the plan.
         self._prepared = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
+    def adopt(self, cache: Cache, columns: list[torch.Tensor]) -> None:
+        """Takes over keys and values of an earlier turn.
+
+        Args:
+            cache (`Cache`): in linear order.
+            columns (`list[torch.Tensor]`): per request the columns of the first tokens of its prompt. At least the
+                last token of a prompt is run again, since its logits are wanted.
+        """
+        for request, own in zip(self.requests, columns, strict=True):
+            request.cached = min(len(own), len(request.prompt) - 1)
+        kept = [own[: request.cached] for request, own in zip(self.requests, columns, strict=True)]
+        self.cache.adopt(cache, kept)
+
+    def run_rest(self) -> None:
+        """Runs what is still pending of finished requests, so that their cache is whole."""
+        new = [self._rest(number) for number in range(len(self.requests))]
+        if new := [tokens for tokens in new if tokens.ids]:
+            self._forward(new)
+
     def prefill(self) -> Iterator[tuple[Request, torch.Tensor]]:
         """Runs the prompts; yields each request with the logits after its last token, shape `(vocabulary,)`."""
         waiting: list[NewTokens] = []
@@ -105,14 +126,40 @@ class ModelStep:
                 allowed[list(branch.visible)] = True
                 sees[branch.row] = allowed[layout.branch_ids]
         table.append_block(sees)
-        causal = len(request.machine.parents) == 1
+        plain, cached = len(request.machine.parents) == 1, request.cached
+        new = len(layout) - cached
         return NewTokens(
             request=number,
-            ids=request.prompt,
-            positions=layout.position_ids.tolist(),
-            visible=None if causal else layout.attention_mask(),
-            causal=causal,
-            keep=[len(layout) - 1],
+            ids=request.prompt[cached:],
+            positions=layout.position_ids[cached:].tolist(),
+            visible=None if plain and (new == 1 or not cached) else layout.attention_mask(cached),
+            causal=plain and not cached,
+            keep=[new - 1],
+        )
+
+    def _rest(self, number: int) -> NewTokens:
+        """Tokens of a finished request that no step has run."""
+        request = self.requests[number]
+        layout = BranchLayout.from_machine(request.linear_machine())
+        ids, slots = request.linear_ids(), torch.tensor(request.linear_slots())
+        missing = (slots < 0).nonzero().flatten()
+        first = self.cache.regions[number].length
+        slots[missing] = torch.arange(first, first + len(missing))
+        for branch in request.branches():
+            branch.pending.clear()
+        tokens = request.root.tokens()
+        for place in missing.tolist():
+            tokens[place - len(request.prompt)].slot = int(slots[place])
+        visible = layout.compatible[layout.branch_ids[missing]][:, layout.branch_ids]
+        visible &= torch.arange(len(layout)) <= missing[:, None]
+        return NewTokens(
+            request=number,
+            ids=[ids[place] for place in missing.tolist()],
+            positions=layout.position_ids[missing].tolist(),
+            # Slots stand in the order in which their tokens were run.
+            visible=visible[:, slots.argsort()],
+            causal=False,
+            keep=[0],
         )
 
     def _branches(self, number: int, branches: Sequence[Branch]) -> NewTokens:
@@ -133,6 +180,8 @@ class ModelStep:
                     table.absorb(branch.row, child.row)
                     merged.append(child)
             branch.absorbed.clear()
+            for slot, token in enumerate(branch.pending, start=table.length):
+                token.slot = slot
             table.append([branch.row] * len(branch.pending))
             rows += [branch.row] * len(branch.pending)
             tokens.ids += [token.id for token in branch.pending]
@@ -162,12 +211,12 @@ class ModelStep:
             first = end
             self.requests[each.request].kv_slots = region.length
         outputs = self.model(
-            input_ids=torch.tensor([[token for each in new for token in each.ids]], device=device),
+            input_ids=on_device([[token for each in new for token in each.ids]], device),
             attention_mask=self._prepared,
-            position_ids=torch.tensor([[position for each in new for position in each.positions]], device=device),
+            position_ids=on_device([[position for each in new for position in each.positions]], device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(keep, device=device),
+            logits_to_keep=on_device(keep, device),
             return_dict=True,
             path_plan=StepPlan(segments, self.implementation),
         )

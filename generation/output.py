@@ -1,83 +1,17 @@
 """What `generate(return_dict_in_generate=True)` returns."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from multiverse.layout import BranchLayout
 from multiverse.structure import Block
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
-from .branch import Branch, Token
+from .branch import Token
+from .report import RequestReport
 from .request import Request
 from .sampling import SamplingOptions
-
-
-@dataclass
-class BranchReport:
-    """One branch of a finished request, JSON-serialisable through `RequestReport.to_dict`.
-
-    Attributes:
-        label (`str`): `1`, `2.1`, ...; empty for the root.
-        tokens (`int`): generated tokens that the branch holds itself.
-        finish_reason (`str`, *optional*): why a path ended: `"closed"` by the model, `"eos"`, `"max_path_tokens"`;
-            `None` for the root and for what was cut off.
-        first_step (`int`, *optional*): sequential step at which its first token was made; `None` without tokens.
-        last_step (`int`, *optional*): and its last.
-    """
-
-    label: str
-    tokens: int
-    finish_reason: str | None
-    first_step: int | None
-    last_step: int | None
-
-
-@dataclass
-class RequestReport:
-    """How one request went.
-
-    Attributes:
-        finish_reason (`str`, *optional*): why it ended, see `Request`.
-        generated_tokens (`int`): tokens made in all branches, forced ones included.
-        forced_tokens (`int`): tokens the engine wrote without asking the model.
-        sequential_steps (`int`): rounds of sampling, the length of the critical path.
-        kv_slots (`int`): cache slots in use at the end; a token that ends the request needs none.
-        seconds (`dict[str, float]`): wall time by stage: `"prefill"`, `"sequential"`, `"map"`, `"process"`,
-            `"reduce"`. A step of a batch counts in full for each request in it.
-        branches (`list[BranchReport]`): root first, then the paths in linear order.
-    """
-
-    finish_reason: str | None
-    generated_tokens: int
-    forced_tokens: int
-    sequential_steps: int
-    kv_slots: int
-    seconds: dict[str, float]
-    branches: list[BranchReport]
-
-    @property
-    def degree_of_parallelism(self) -> float:
-        """Generated tokens per sequential step (paper, section 6)."""
-        return self.generated_tokens / max(self.sequential_steps, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values only."""
-        return {**asdict(self), "degree_of_parallelism": self.degree_of_parallelism}
-
-    @classmethod
-    def of(cls, request: Request) -> "RequestReport":
-        """The report of a finished request."""
-        tokens = request.root.tokens()
-        return cls(
-            finish_reason=request.finish_reason,
-            generated_tokens=len(tokens),
-            forced_tokens=sum(token.forced for token in tokens),
-            sequential_steps=request.steps,
-            kv_slots=request.kv_slots,
-            seconds=dict(request.seconds),
-            branches=[_report(branch) for branch in request.branches()],
-        )
 
 
 @dataclass
@@ -100,6 +34,8 @@ class MultiverseGenerateOutput(ModelOutput):
             structure guard and the logits processors.
         blocks (`list[list[Block]]`): per row the tree of blocks, spans counted from the row's first real token.
         reports (`list[RequestReport]`): per row.
+        past_key_values (`Cache`): keys and values of the first columns of `sequences`, for a second turn: those that
+            every row has run, which is all but the last where the call was given a cache.
     """
 
     sequences: torch.Tensor | None = None
@@ -111,6 +47,7 @@ class MultiverseGenerateOutput(ModelOutput):
     scores: tuple[torch.Tensor, ...] | None = None
     blocks: list[list[Block]] | None = None
     reports: list[RequestReport] | None = None
+    past_key_values: Cache | None = None
 
 
 def collect_output(
@@ -176,14 +113,3 @@ def _stacked(tokens: list[Token], name: str) -> torch.Tensor:
     for choice in choices:
         setattr(choice, name, None)
     return stacked
-
-
-def _report(branch: Branch) -> BranchReport:
-    own = [item for item in branch.items if isinstance(item, Token)]
-    return BranchReport(
-        label=branch.label,
-        tokens=len(own),
-        finish_reason=branch.finish_reason,
-        first_step=own[0].step if own else None,
-        last_step=own[-1].step if own else None,
-    )

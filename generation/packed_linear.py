@@ -152,7 +152,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _checksum(weight: torch.Tensor) -> int:
-    """Sum of the weight's bits, rows weighted by their place: a change anywhere shows in it, and so do rows that move."""
+    """Sum of the weight's bits, rows weighted by their place: a change anywhere shows in it, also rows that move."""
     # The widest integers that divide a row: the sum is then as fast as memory.
     row = weight.shape[1] * weight.element_size()
     bits = weight.view(torch.int64 if row % 8 == 0 else torch.int32 if row % 4 == 0 else torch.int16)

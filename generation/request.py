@@ -29,6 +29,8 @@ class RequestRules:
         max_path_tokens (`int`, *optional*): tokens a path may hold itself, its header included, before it is closed.
         max_depth (`int`, *optional*): most blocks around a token; no block is opened in a path that deep.
         max_sequential_steps (`int`, *optional*): rounds of sampling before everything open is closed.
+        max_kv_slots (`int`, *optional*): cache slots a request may hold, one per token of its prompt and of what it
+            adds, since nothing is freed before its end.
     """
 
     token_ids: Mapping[str, int]
@@ -38,6 +40,7 @@ class RequestRules:
     max_path_tokens: int | None = None
     max_depth: int | None = None
     max_sequential_steps: int | None = None
+    max_kv_slots: int | None = None
     tag_of_id: dict[int, str] = field(init=False)
     _banned: dict[tuple[frozenset[str], bool], tuple[int, ...]] = field(init=False, default_factory=dict)
 
@@ -66,25 +69,33 @@ class Request:
     Attributes:
         machine (`StructureMachine`): structure of the prompt.
         root (`Branch`): branch 0.
+        budget (`int`): tokens it may add, by `max_new_tokens` or `max_kv_slots`, whichever is reached first.
+        budget_reason (`str`): finish reason of a request that has used up its budget.
         made (`int`): tokens generated so far.
         closing_cost (`int`): tokens it takes to close everything that is open as a well-formed text: an outline for
-            a goal without one, an empty path for every outline, a conclusion for every block. `max_new_tokens` always
-            leaves room for them.
+            a goal without one, an empty path for every outline, a conclusion for every block. The budget always leaves
+            room for them.
         steps (`int`): sequential steps so far, a step being one round of sampling.
-        finish_reason (`str`, *optional*): `"eos"`, `"length"`, `"max_sequential_steps"`, `"max_time"`, `"stopped"` by
-            another stopping criterion, `"interrupted"` by an exception; `None` while it runs.
+        finish_reason (`str`, *optional*): `"eos"`, `"length"`, `"max_kv_slots"`, `"max_sequential_steps"`,
+            `"max_time"`, `"stopped"` by another stopping criterion, `"interrupted"` by an exception; `None` while it
+            runs.
         kv_slots (`int`): cache slots in use, kept by the model step.
+        cached (`int`): tokens at the beginning of the prompt whose keys and values an earlier turn has left.
         seconds (`dict[str, float]`): wall time by stage: `"prefill"`, and what `stage` names.
     """
 
     def __init__(self, prompt: list[int], rules: RequestRules) -> None:
         self.prompt = prompt
         self.rules = rules
+        self.budget, self.budget_reason = rules.max_new_tokens, "length"
+        if rules.max_kv_slots is not None and rules.max_kv_slots - len(prompt) < self.budget:
+            self.budget, self.budget_reason = rules.max_kv_slots - len(prompt), "max_kv_slots"
         self.made = 0
         self.closing_cost = 0
         self.steps = 0
         self.finish_reason: str | None = None
         self.kv_slots = 0
+        self.cached = 0
         self.seconds: dict[str, float] = {}
         # A step, and how many branches were running in it.
         self._asked = (-1, 0)
@@ -93,7 +104,12 @@ class Request:
         self._branch_numbers = count(len(self.machine.parents))
         adopt_prompt(self)
         needed = self.made + self.closing_cost
-        if needed > rules.max_new_tokens:
+        if self.budget < max(needed, 1):
+            if self.budget_reason == "max_kv_slots":
+                raise ValueError(
+                    f"`max_kv_slots` is {rules.max_kv_slots}, but a prompt of {len(prompt)} tokens and what it takes "
+                    f"to go on need {len(prompt) + max(needed, 1)}. Raise it, or shorten the prompt."
+                )
             raise ValueError(
                 f"`max_new_tokens` is {rules.max_new_tokens}, but it takes {needed} tokens to close what "
                 f"the prompt leaves open. Raise it, or close the blocks in the prompt."
@@ -119,6 +135,18 @@ class Request:
             return "sequential"
         return "reduce" if block.conclusions else "map"
 
+    def linear_ids(self) -> list[int]:
+        """Prompt and all generated tokens, in linear order."""
+        return self.prompt + [token.id for token in self.root.tokens()]
+
+    def linear_slots(self) -> list[int]:
+        """The cache slot of every token of `linear_ids`; -1 for those that have not been run."""
+        return [*range(len(self.prompt)), *(token.slot for token in self.root.tokens())]
+
+    def linear_machine(self) -> StructureMachine:
+        """The structure of `linear_ids`."""
+        return read_sequence(self.linear_ids(), self.rules.token_ids)
+
     def count_seconds(self, stage: str, seconds: float) -> None:
         """Adds wall time to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
@@ -134,7 +162,7 @@ class Request:
         allowed = branch.grammar.allowed()
         if "<Parallel>" in allowed and self.rules.max_depth is not None and branch.depth >= self.rules.max_depth:
             allowed -= {"<Parallel>"}
-        room = self.rules.max_new_tokens - self.made - self.closing_cost
+        room = self.budget - self.made - self.closing_cost
         if self._asked[0] != self.steps:
             self._asked = (self.steps, self.root.running())
         room //= max(self._asked[1], 1)
@@ -148,8 +176,8 @@ class Request:
     def accept(self, branch: Branch, choice: Choice) -> None:
         """Takes a sampled token into `branch` and does everything that follows from it."""
         token_id = choice.token_id
-        if self.made + self.closing_cost + self._growth(branch, token_id) > self.rules.max_new_tokens:
-            self.close("length")
+        if self.made + self.closing_cost + self._growth(branch, token_id) > self.budget:
+            self.close(self.budget_reason)
             return
         if token_id in self.rules.eos_token_ids and branch.parent is not None:
             # No end-of-sequence token may stand inside a path: readers cut an answer at the first one.
@@ -163,12 +191,12 @@ class Request:
                 self._read_tag(branch, self.rules.tag_of_id[token_id])
         limit = self.rules.max_path_tokens
         running_path = branch.parent is not None and branch.status is BranchStatus.RUNNING
-        room = self.rules.max_new_tokens - self.made - self.closing_cost
+        room = self.budget - self.made - self.closing_cost
         over_limit = limit is not None and running_path and branch.written >= limit - 1
         if over_limit and self._may_end(branch) and room >= len(self.rules.header.separator):
             self._close_path(branch, "max_path_tokens")
-        if not self.finished and self.made + self.closing_cost >= self.rules.max_new_tokens:
-            self.close("length")
+        if not self.finished and self.made + self.closing_cost >= self.budget:
+            self.close(self.budget_reason)
 
     def close(self, reason: str) -> None:
         """Ends the request, closing what is open so that siblings stay apart in the linear text.
@@ -177,7 +205,7 @@ class Request:
             reason (`str`): finish reason of the request; paths that are cut off have none of their own.
         """
         self._close_branch(self.root)
-        assert self.made <= self.rules.max_new_tokens, "the budget keeps room for what is forced"
+        assert self.made <= self.budget, "the budget keeps room for what is forced"
         self.finish_reason = reason
 
     def _close_branch(self, branch: Branch) -> None:

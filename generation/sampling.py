@@ -14,6 +14,7 @@ from transformers.generation import logits_process
 
 from .branch import Branch, Choice
 from .request import Request
+from .transfer import on_device
 
 #: Processors that read the logits alone: one call serves all branches.
 _WITHOUT_HISTORY: tuple[type, ...] = tuple(
@@ -67,7 +68,7 @@ class _History:
             larger[:, : self.length] = self.buffer[:, : self.length]
             self.buffer = larger
         if len(ids) > self.length:
-            self.buffer[0, self.length : len(ids)] = torch.tensor(ids[self.length :])
+            self.buffer[0, self.length : len(ids)] = on_device(ids[self.length :], self.buffer.device)
             self.length = len(ids)
         return self.buffer[:, : self.length]
 
@@ -117,7 +118,7 @@ class Sampler:
         scores = raw.clone() if options.keep_logits or options.keep_logprobs else raw
         # Before the processors, which choose among what is left, and after them: some set scores instead of changing
         # them, and would let a banned token in again.
-        banned = self._banned(branches)
+        banned = self._banned(branches, scores.device)
         _ban(scores, banned)
         if any(options.processors):
             scores = self._process(branches, scores)
@@ -129,7 +130,7 @@ class Sampler:
             draws = [self._stream(number, branch).random() for number, branch in branches]
             # In float64: the float32 sum over a large vocabulary would round small probabilities away.
             cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
-            points = torch.tensor(draws, dtype=torch.float64).to(scores.device, non_blocking=True)[:, None]
+            points = on_device(draws, scores.device, torch.float64)[:, None]
             chosen = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
             chosen = chosen.clamp_(max=scores.shape[-1] - 1)
         logprobs = None
@@ -152,12 +153,16 @@ class Sampler:
             for row, token in enumerate(token_ids)
         ]
 
-    def _banned(self, branches: Sequence[tuple[int, Branch]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _banned(
+        self, branches: Sequence[tuple[int, Branch]], device: torch.device
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The structure guard: rows, shape `(rows, 1)`, and the tokens that would break the structure in them."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for row, (number, branch) in enumerate(branches):
             rows.setdefault(self.requests[number].banned_tokens(branch), []).append(row)
-        return [(torch.tensor(group)[:, None], torch.tensor(banned)) for banned, group in rows.items() if banned]
+        return [
+            (on_device(group, device)[:, None], on_device(banned, device)) for banned, group in rows.items() if banned
+        ]
 
     def _process(self, branches: Sequence[tuple[int, Branch]], scores: torch.Tensor) -> torch.Tensor:
         lists = self.options.processors

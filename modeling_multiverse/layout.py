@@ -79,10 +79,14 @@ class BranchLayout:
         """Bool table of shape `(R, R)`: whether two branches may see each other (causality apart)."""
         return compatible_branches(self.machine)
 
-    def attention_mask(self) -> torch.Tensor:
-        """Bool mask of shape `(N, N)`: True where the row's token may attend to the column's."""
-        pairs = self.compatible[self.branch_ids][:, self.branch_ids]
-        return pairs.tril_()
+    def attention_mask(self, first: int = 0) -> torch.Tensor:
+        """Bool mask of shape `(N - first, N)`: True where the row's token may attend to the column's.
+
+        Args:
+            first (`int`): index of the first token to have a row.
+        """
+        pairs = self.compatible[self.branch_ids[first:]][:, self.branch_ids]
+        return pairs.tril_(first)
 
     def __len__(self) -> int:
         return self.branch_ids.shape[0]

@@ -28,6 +28,8 @@ class CachedStructure:
         machines (`list[StructureMachine]`, *optional*): one per row, from the first block on.
         slot_branches (`list[torch.Tensor]`): branch of every slot, chunks of shape `(B, slots)`, -1 for padding.
         external (`bool`): slots were written under a mask that the caller made, so nothing is known of them.
+        token_ids (`torch.Tensor` of shape `(B, columns)`, *optional*): ids of the first slots, padding included, where
+            `generate()` has left them.
     """
 
     length: int = 0
@@ -35,6 +37,7 @@ class CachedStructure:
     machines: list[StructureMachine] | None = None
     slot_branches: list[torch.Tensor] = field(default_factory=list)
     external: bool = False
+    token_ids: torch.Tensor | None = None
 
     ATTRIBUTE = "multiverse_structure"
 
@@ -63,12 +66,13 @@ class CachedStructure:
     def selected(self, rows: torch.Tensor) -> "CachedStructure":
         """The structure of the given rows. A row that is repeated goes several ways from here, so each has a copy."""
         positions = None if self.next_positions is None else self.next_positions[rows.to(self.next_positions.device)]
+        ids = None if self.token_ids is None else self.token_ids[rows.to(self.token_ids.device)]
         if self.machines is None:
-            return CachedStructure(length=self.length, next_positions=positions, external=self.external)
+            return CachedStructure(self.length, positions, external=self.external, token_ids=ids)
         branches = torch.cat(self.slot_branches, dim=1)
         # Replayed from its tags, which is many times faster than a deep copy.
         machines = [self.machines[row].truncated(self.machines[row].length) for row in rows.tolist()]
-        return CachedStructure(self.length, None, machines, [branches[rows.to(branches.device)]], self.external)
+        return CachedStructure(self.length, None, machines, [branches[rows.to(branches.device)]], self.external, ids)
 
     def cropped(self, length: int) -> "CachedStructure":
         """The structure of the first `length` slots."""
@@ -79,12 +83,13 @@ class CachedStructure:
             )
         removed = self.length - length
         positions = None if self.next_positions is None else self.next_positions - removed
+        ids = None if self.token_ids is None else self.token_ids[:, :length]
         if self.machines is None:
-            return CachedStructure(length=length, next_positions=positions, external=self.external)
+            return CachedStructure(length, positions, external=self.external, token_ids=ids)
         branches = torch.cat(self.slot_branches, dim=1)[:, :length]
         real = (branches >= 0).sum(dim=1).tolist()
         machines = [machine.truncated(count) for machine, count in zip(self.machines, real, strict=True)]
-        return CachedStructure(length, None, machines, [branches], self.external)
+        return CachedStructure(length, None, machines, [branches], self.external, ids)
 
     def rows(self, batch_size: int, device: torch.device, first_positions: torch.Tensor | None = None) -> None:
         """Makes sure that there is a machine for every row, reading what is cached as an untagged prefix."""

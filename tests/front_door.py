@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from multiverse import MultiverseForCausalLM, add_multiverse_tokens
-from multiverse.generation.output import RequestReport
+from multiverse.generation.report import RequestReport
 from tiny import tiny_config, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 

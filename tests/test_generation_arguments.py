@@ -6,7 +6,7 @@ import pytest
 import torch
 from decoding import PROMPTS, TWO_PATHS, Boost
 from tiny import TOKEN_IDS, tiny_ids, tiny_model
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 
 IDS = torch.tensor([tiny_ids("a b")])
 ONES = torch.ones(1, 2, dtype=torch.long)
@@ -90,13 +90,6 @@ def test_setting_of_the_models_own_configuration_is_refused_likewise(name: str, 
     setattr(model.generation_config, name, value)
     with pytest.raises(ValueError, match=name):
         model.generate(input_ids=IDS)
-
-
-def test_filled_cache_is_refused() -> None:
-    model = tiny_model()
-    cache = model(input_ids=IDS[:, :1], past_key_values=DynamicCache(config=model.config)).past_key_values
-    with pytest.raises(ValueError, match="past_key_values"):
-        model.generate(input_ids=IDS, past_key_values=cache, max_new_tokens=5)
 
 
 @pytest.mark.parametrize(

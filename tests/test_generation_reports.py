@@ -2,7 +2,7 @@
 
 import pytest
 from decoding import NESTED, TWO_PATHS, follow, text_of
-from multiverse.generation.output import RequestReport
+from multiverse.generation.report import RequestReport
 from tiny import Script, tiny_model
 
 

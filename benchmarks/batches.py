@@ -41,7 +41,12 @@ def main(
         seconds = paired(
             {
                 "stock": lambda: pair.run_stock(ids, tokens),  # noqa: B023
-                "ours": lambda: pair.run_ours(ids, budget, max_path_tokens=limit),  # noqa: B023
+                "ours": lambda: pair.run_ours(
+                    ids,  # noqa: B023
+                    budget,
+                    max_path_tokens=limit,
+                    return_dict_in_generate=False,
+                ),
             },
             repeats,
         )

@@ -57,14 +57,13 @@ class Pair:
         return {"suppress_tokens": banned, "do_sample": False}
 
     def run_ours(self, ids: torch.Tensor, max_new_tokens: int, **options: Any) -> Any:
-        """Generates with everything that `generate()` can report."""
+        """Generates, with everything that `generate()` can report unless `return_dict_in_generate=False`."""
         return self.ours.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             pad_token_id=0,
-            return_dict_in_generate=True,
-            **{**self.never_ending(), **options},
+            **{"return_dict_in_generate": True, **self.never_ending(), **options},
         )
 
     def run_stock(self, ids: torch.Tensor, new_tokens: int, **options: Any) -> Any:

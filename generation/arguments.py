@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from multiverse.masking_multiverse import SUPPORTED_ATTENTION, unsupported_attention_message
-from transformers import GenerationConfig
+from multiverse.kernels.dispatch import DECODE_ATTENTION
+from transformers import Cache, GenerationConfig
 from transformers.generation import GenerationMode
 
-from .attention import DECODE_ATTENTION
 from .packed_linear import can_pack, worth_packing
 from .streaming import BranchStreamer
 
@@ -78,15 +77,6 @@ def packs_linears(model: Any, wanted: bool | None, max_new_tokens: int) -> bool:
     if wanted and not can_pack():
         raise ValueError("`pack_linears` is True, but this build of torch has no oneDNN. Leave it out.")
     return wanted
-
-
-def decode_implementation(decode_attention: str, own: str | None) -> str:
-    """Attention of the decode steps: `"folded"`, or the name of the model's own implementation."""
-    if decode_attention == "folded" or (decode_attention == "auto" and own == "sdpa"):
-        return "folded"
-    if own is None or own not in SUPPORTED_ATTENTION:
-        raise ValueError(unsupported_attention_message(own))
-    return own
 
 
 def check_generate_arguments(
@@ -179,6 +169,12 @@ def in_stock_loop(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
                 f"`{own}` is {getattr(config, own)!r}, which {loop} (`{name}`) does not honour. Set it to "
                 f"None, or leave `{name}` out."
             )
+    past = kwargs.get("past_key_values")
+    if mode is GenerationMode.ASSISTED_GENERATION and isinstance(past, Cache) and past.get_seq_length():
+        raise ValueError(
+            f"`past_key_values` holds {past.get_seq_length()} tokens, but {loop} (`{name}`) of transformers skips what "
+            f"stands between them and the last token. Pass an empty cache, or leave `{name}` out."
+        )
     if isinstance(kwargs.get("streamer"), BranchStreamer):
         raise ValueError(
             f"`streamer` is a {type(kwargs['streamer']).__name__}, which watches branches grow, and {loop} "

@@ -1,8 +1,8 @@
-"""Attention of one step: the new tokens of every request over that request's own slots.
+"""Attention of one step of the engine: the new tokens of every request over that request's own slots.
 
-All linear layers of the model see one flat row of tokens; attention alone runs request by request, as a row of one
-request has nothing to read in another's slots. The function is registered with transformers under
-`PATH_ATTENTION` and gets its `StepPlan` as a keyword argument of the model's forward.
+All linear layers of the model see one flat row of tokens; attention alone tells the requests apart, as a row of one
+request has nothing to read in another's slots. The function is registered with transformers under `PATH_ATTENTION` and
+gets its `StepPlan` as a keyword argument of the model's forward.
 """
 
 import sys
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from multiverse.kernels.decode_plan import DecodePlan
+from multiverse.kernels.dispatch import TRITON, run_path_attention
+from multiverse.kernels.folded import folded_attention
+from multiverse.kernels.path_decode import path_decode
+from multiverse.kernels.path_mask import PathMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 #: Name of the attention function in `transformers.AttentionInterface`.
 PATH_ATTENTION = "multiverse_paths"
-
-#: Values of `generation_config.decode_attention`.
-DECODE_ATTENTION = ("auto", "folded", "model")
 
 
 @dataclass
@@ -32,9 +33,9 @@ class Segment:
         start (`int`): first slot of the request's region.
         slots (`int`): slots in use, the new tokens' own included.
         causal (`bool`): whether the tokens are all there is and each sees those up to itself.
-        mask (`torch.Tensor`, *optional*): what the tokens see, in the form of the backend: folded rows
-            `(group * tokens, slots)` of an additive mask, or a model's own. `None` where each token sees every slot,
-            or `causal` says it all.
+        mask (`torch.Tensor` or `PathMask`, *optional*): what the tokens see, in the form of the backend: the additive
+            mask of `folded_attention`, a model's own, or a `PathMask` for a prompt under `"path_decode"`. `None` where
+            each token sees every slot, or `causal` says it all.
     """
 
     first: int
@@ -47,15 +48,17 @@ class Segment:
 
 @dataclass
 class StepPlan:
-    """What attention must know of a step: its segments, and the implementation that runs them."""
+    """What attention must know of a step.
+
+    Attributes:
+        segments (`list[Segment]`): one per request that runs.
+        implementation (`str`): `"folded"`, `"path_decode"`, or the name of the model's own.
+        decode (`DecodePlan`, *optional*): all segments at once, for the decode kernel.
+    """
 
     segments: list[Segment]
     implementation: str
-
-
-def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where `visible`, -inf elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+    decode: DecodePlan | None = None
 
 
 def path_attention_forward(
@@ -68,7 +71,7 @@ def path_attention_forward(
     path_plan: StepPlan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of transformers' interface.
+    """An attention function of transformers' interface.
 
     Args:
         query (`torch.Tensor` of shape `(1, heads, tokens, head dim)`): the flat row.
@@ -81,7 +84,11 @@ def path_attention_forward(
     """
     if path_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    attend = folded_attention if path_plan.implementation == "folded" else _models_own(module, path_plan)
+    if path_plan.decode is not None:
+        # One launch for all requests.
+        output, _ = path_decode(query[0].transpose(0, 1), key[0], value[0], path_plan.decode, scaling)
+        return output[None], None
+    attend = _BACKENDS.get(path_plan.implementation) or _models_own(module, path_plan.implementation)
     outputs = []
     for segment in path_plan.segments:
         end = segment.start + segment.slots
@@ -98,42 +105,23 @@ def path_attention_forward(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
-def folded_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segment: Segment,
-    scaling: float | None,
-) -> torch.Tensor:
-    """Folds the query heads of a group and all tokens into the rows of one attention call per key-value head.
-
-    A key is then read once for all branches, and never repeated for the heads that share it.
-
-    Returns:
-        Shape `(1, tokens, heads, head dim)`.
-    """
-    heads, tokens, dim = query.shape[1:]
-    kv_heads = key.shape[1]
-    if segment.causal:
-        output = scaled_dot_product_attention(
-            query, key, value, is_causal=tokens > 1, scale=scaling, enable_gqa=heads != kv_heads
-        )
-        return output.transpose(1, 2)
-    rows = query.reshape(1, kv_heads, heads // kv_heads * tokens, dim)
-    output = scaled_dot_product_attention(rows, key, value, attn_mask=segment.mask, scale=scaling)
-    return output.view(1, heads, tokens, dim).transpose(1, 2)
+def _folded(module, query, key, value, segment, scaling):
+    return folded_attention(query, key, value, segment.mask, scaling, segment.causal)
 
 
-def fold_mask(visible: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The additive mask of `folded_attention` for what tokens see, `(tokens, slots)`: rows repeat per head."""
-    return additive_mask(visible, dtype).repeat(group, 1)[None, None]
+def _prompt(module, query, key, value, segment, scaling):
+    assert isinstance(segment.mask, PathMask)
+    return run_path_attention(TRITON, query, key, value, segment.mask, scaling).transpose(1, 2)
 
 
-def _models_own(module: torch.nn.Module, plan: StepPlan) -> Callable[..., torch.Tensor]:
+#: Attention of one segment, returning shape `(1, tokens, heads, head dim)`.
+_BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"folded": _folded, "path_decode": _prompt}
+
+
+def _models_own(module: torch.nn.Module, implementation: str) -> Callable[..., torch.Tensor]:
     """The model's attention implementation, called for one segment at a time."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    function = AttentionInterface().get_interface(plan.implementation, eager)
+    function = AttentionInterface().get_interface(implementation, eager)
 
     def attend(module, query, key, value, segment, scaling):
         return function(module, query, key, value, segment.mask, scaling=scaling, is_causal=False)[0]

@@ -173,16 +173,24 @@ class PathCache(Cache):
         assert layer.keys is not None and layer.values is not None  # noqa: PT018
         return layer.keys, layer.values
 
-    def reserve(self, new: list[tuple[int, int]]) -> None:
+    @property
+    def slots(self) -> int:
+        """Slots of all regions, reserved ones included."""
+        return self._slots.slots
+
+    def reserve(self, new: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
         """Gives slots to the tokens of the next forward pass.
 
         Args:
             new (`list[tuple[int, int]]`): `(request, tokens)` in the order of the flat row.
+
+        Returns:
+            `list[tuple[int, int, int]]`: what has moved since a region had to grow, as `(from, to, slots)`.
         """
         moves = self._slots.reserve(new)
-        if not moves:
-            return
         self.moved_slots += sum(count for _, _, count in moves)
         for layer in self.layers:
             assert isinstance(layer, PathCacheLayer)
-            layer.move(moves)
+            if moves:
+                layer.move(moves)
+        return moves

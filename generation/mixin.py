@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from multiverse.forced import HeaderTokens
+from multiverse.kernels.dispatch import resolve_decode_attention
 from multiverse.masking_multiverse import CachedStructure
 from multiverse.tags import check_token_ids
 from transformers import Cache, GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
@@ -19,7 +20,6 @@ from .arguments import (
     GENERATION_DEFAULTS,
     check_decoding,
     check_generate_arguments,
-    decode_implementation,
     in_stock_loop,
     packs_linears,
     row_seeds,
@@ -47,8 +47,9 @@ class MultiverseGenerationMixin(GenerationMixin):
       everything open is closed.
     - `seed` (`int` or `list[int]`, *optional*): what a sampled request draws from, whatever else is in the batch; an
       `int` stands for itself, itself + 1, ... over the rows. Without it, seeds come from torch's global generator.
-    - `decode_attention` (`str`, default `"auto"`): `"folded"` runs the branches and heads of a request as rows of one
-      attention call, `"model"` the model's own implementation. Automatic: `"folded"` for a model under `sdpa`.
+    - `decode_attention` (`str`, default `"auto"`): `"path_decode"` is the Triton kernel, `"folded"` runs the branches
+      and heads of a request as rows of one attention call, `"model"` is the model's own implementation. Automatic:
+      `"path_decode"` on a GPU, `"folded"` on a CPU, `"model"` under `eager` and `flex_attention`.
     - `pack_linears` (`bool`, *optional*): whether to decode on copies of the weights in oneDNN's layout, for models on
       a CPU. Automatic: where there is memory for them and enough tokens to gain from it.
 
@@ -195,7 +196,7 @@ class MultiverseGenerationMixin(GenerationMixin):
 
         with attached(self, pack=packs_linears(self, generation_config.pack_linears, rules.max_new_tokens)) as own:
             options = EngineOptions(
-                implementation=decode_implementation(generation_config.decode_attention, own),
+                implementation=resolve_decode_attention(generation_config.decode_attention, own, self.device),
                 width=generation_config.max_paths if generation_config.parallel else 1,
             )
             try:

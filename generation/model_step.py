@@ -10,15 +10,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from multiverse.layout import BranchLayout
+from multiverse.kernels.decode_plan import ROWS_PER_WORD, DecodePlan, RequestQueries, pack_rows
+from multiverse.kernels.folded import fold_mask
+from multiverse.kernels.path_mask import PathMask
+from multiverse.layout import BranchLayout, read_sequence
 from multiverse.masking_multiverse import explicit_mask
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .attention import Segment, StepPlan, fold_mask
+from .attention import Segment, StepPlan
 from .branch import Branch
 from .cache import PathCache
 from .request import Request
+from .slot_bits import SlotBits
 from .transfer import on_device
 from .visibility import VisibleSlots
 
@@ -36,6 +40,8 @@ class NewTokens:
         visible (`torch.Tensor` of shape `(n, S)`, *optional*): what each sees; `None`: every slot (or see `causal`).
         causal (`bool`): whether these are the request's first tokens, each seeing those up to itself.
         keep (`list[int]`): indices of the tokens whose logits are wanted.
+        queries (`RequestQueries`, *optional*): the same as `visible` in the form of the decode kernel.
+        path_mask (`PathMask`, *optional*): likewise for a prompt, in the form of the kernel that runs it.
     """
 
     request: int
@@ -44,6 +50,8 @@ class NewTokens:
     visible: torch.Tensor | None
     causal: bool
     keep: list[int]
+    queries: RequestQueries | None = None
+    path_mask: PathMask | None = None
 
 
 class ModelStep:
@@ -53,7 +61,7 @@ class ModelStep:
         model (`PreTrainedModel`): a Multiverse causal LM whose attention runs through `path_attention`.
         requests (`Sequence[Request]`): the requests of the call.
         headroom (`int`): slots to reserve at first per request, beyond its prompt.
-        implementation (`str`): `"folded"`, or an attention implementation of the model itself.
+        implementation (`str`): `"folded"`, `"path_decode"`, or an attention implementation of the model itself.
     """
 
     def __init__(
@@ -64,7 +72,8 @@ class ModelStep:
         self.implementation = implementation
         capacities = [len(request.prompt) + headroom for request in requests]
         self.cache = PathCache(model.config.num_hidden_layers, capacities)
-        self.tables = [VisibleSlots(capacity) for capacity in capacities]
+        self.bits = SlotBits(self.cache, model.device) if implementation == "path_decode" else None
+        self.tables = [VisibleSlots(capacity, self.bits, number) for number, capacity in enumerate(capacities)]
         config = model.config
         self._group = config.num_attention_heads // config.num_key_value_heads
         # Stands for a mask that has been prepared, so that the backbone prepares none; attention reads the plan.
@@ -87,7 +96,8 @@ class ModelStep:
         """Runs what is still pending of finished requests, so that their cache is whole."""
         new = [self._rest(number) for number in range(len(self.requests))]
         if new := [tokens for tokens in new if tokens.ids]:
-            self._forward(new)
+            self._reserve([(each.request, len(each.ids)) for each in new])
+            self._forward(new, None if self.bits is None else self._rest_plan(new))
 
     def prefill(self) -> Iterator[tuple[Request, torch.Tensor]]:
         """Runs the prompts; yields each request with the logits after its last token, shape `(vocabulary,)`."""
@@ -107,9 +117,21 @@ class ModelStep:
             plan (`Sequence[tuple[int, Sequence[Branch]]]`): per request its index and branches with pending tokens,
                 which are taken off their queues; in an order in which every token comes after all it may see.
         """
-        return self._forward([self._branches(number, branches) for number, branches in plan])
+        self._reserve([(number, sum(len(branch.pending) for branch in branches)) for number, branches in plan])
+        new = [self._branches(number, branches) for number, branches in plan]
+        if self.bits is None:
+            return self._forward(new)
+        self.bits.flush()
+        return self._forward(new, DecodePlan.build([_queries(each) for each in new], self.bits.words))
+
+    def _reserve(self, new: list[tuple[int, int]]) -> None:
+        """Gives slots to `(request, tokens)` pairs, in the order of the flat row."""
+        moves = self.cache.reserve(new)
+        if moves and self.bits is not None:
+            self.bits.move(moves)
 
     def _run_prompts(self, prompts: list[NewTokens]) -> Iterator[tuple[Request, torch.Tensor]]:
+        self._reserve([(each.request, len(each.ids)) for each in prompts])
         logits = self._forward(prompts)
         for row, tokens in enumerate(prompts):
             yield self.requests[tokens.request], logits[row]
@@ -128,14 +150,22 @@ class ModelStep:
         table.append_block(sees)
         plain, cached = len(request.machine.parents) == 1, request.cached
         new = len(layout) - cached
-        return NewTokens(
+        tokens = NewTokens(
             request=number,
             ids=request.prompt[cached:],
             positions=layout.position_ids[cached:].tolist(),
-            visible=None if plain and (new == 1 or not cached) else layout.attention_mask(cached),
+            visible=None,
             causal=plain and not cached,
             keep=[new - 1],
         )
+        if self.bits is not None:
+            # Read again: the blocks of `request.machine` have got the paths that the request has opened.
+            machine = read_sequence(request.prompt, request.rules.token_ids)
+            branches = layout.branch_ids[None]
+            tokens.path_mask = PathMask.from_machines([machine], branches, new, self.model.device)
+        elif not (plain and (new == 1 or not cached)):
+            tokens.visible = layout.attention_mask(cached)
+        return tokens
 
     def _rest(self, number: int) -> NewTokens:
         """Tokens of a finished request that no step has run."""
@@ -188,7 +218,13 @@ class ModelStep:
             tokens.positions += [token.position for token in branch.pending]
             tokens.keep.append(len(tokens.ids) - 1)
             branch.pending.clear()
-        tokens.visible = table.mask(rows)
+        if self.bits is None:
+            tokens.visible = table.mask(rows)
+        else:
+            region = self.cache.regions[number]
+            end = region.start + table.length
+            limits = range(end - len(rows) + 1, end + 1)
+            tokens.queries = RequestQueries(rows, limits, table.seen_by_any(rows) + region.start)
         # Not before: their own last tokens are among the queries.
         for child in merged:
             assert child.row is not None
@@ -196,10 +232,24 @@ class ModelStep:
             child.row = None
         return tokens
 
-    def _forward(self, new: list[NewTokens]) -> torch.Tensor:
-        """Runs the new tokens of several requests; logits of those to keep, `(kept, vocabulary)`."""
+    def _rest_plan(self, new: list[NewTokens]) -> DecodePlan:
+        """What `_rest` has found, for the decode kernel: every token is a row of its own."""
+        most = max(len(each.ids) for each in new)
+        bits = torch.zeros(-(-most // ROWS_PER_WORD), self.cache.slots, dtype=torch.int32)
+        queries = []
+        for each in new:
+            region = self.cache.regions[each.request]
+            end = region.start + region.length
+            assert each.visible is not None
+            packed = pack_rows(each.visible)
+            bits[: packed.shape[0], region.start : end] = packed
+            count = len(each.ids)
+            queries.append(RequestQueries(range(count), [end] * count, range(region.start, end)))
+        return DecodePlan.build(queries, bits.to(self.model.device))
+
+    def _forward(self, new: list[NewTokens], decode: DecodePlan | None = None) -> torch.Tensor:
+        """Runs new tokens that have their slots; logits of those to keep, `(kept, vocabulary)`."""
         device = self.model.device
-        self.cache.reserve([(each.request, len(each.ids)) for each in new])
         segments, keep, first = [], [], 0
         for each in new:
             region = self.cache.regions[each.request]
@@ -218,12 +268,14 @@ class ModelStep:
             use_cache=True,
             logits_to_keep=on_device(keep, device),
             return_dict=True,
-            path_plan=StepPlan(segments, self.implementation),
+            path_plan=StepPlan(segments, self.implementation, decode),
         )
         return outputs.logits[0]
 
     def _mask(self, new: NewTokens, slots: int) -> object:
-        """`new.visible` in the form that the implementation wants."""
+        """What the tokens see in the form that the implementation wants."""
+        if self.bits is not None:
+            return new.path_mask
         visible, dtype, device = new.visible, self.model.dtype, self.model.device
         if self.implementation == "folded":
             return None if visible is None else fold_mask(visible.to(device, non_blocking=True), self._group, dtype)
@@ -232,3 +284,8 @@ class ModelStep:
         if visible is None:
             return None
         return explicit_mask(self.implementation, visible.to(device)[None, None], dtype)
+
+
+def _queries(new: NewTokens) -> RequestQueries:
+    assert new.queries is not None
+    return new.queries

@@ -31,7 +31,7 @@ def cached_columns(cache: Cache | None, input_ids: torch.Tensor, real: torch.Ten
     Raises:
         ValueError: if the cache cannot be what the beginning of `input_ids` gave.
     """
-    if cache is None or not (length := int(cache.get_seq_length())):
+    if cache is None:
         return None
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers} - {DynamicLayer.__name__})
@@ -39,6 +39,8 @@ def cached_columns(cache: Cache | None, input_ids: torch.Tensor, real: torch.Ten
             f"`past_key_values` has layers of the kind {', '.join(kinds)}; branches go on from a plain `DynamicCache` "
             "only. Pass the cache of an earlier `generate()` or forward pass, or leave it out."
         )
+    if not (length := int(cache.get_seq_length())):
+        return None
     held = cache.layers[0].keys  # type: ignore[union-attr]
     assert held is not None
     rows = held.shape[0]
@@ -52,14 +54,23 @@ def cached_columns(cache: Cache | None, input_ids: torch.Tensor, real: torch.Ten
             f"`past_key_values` holds {length} tokens, `input_ids` only {input_ids.shape[1]}. Pass the whole text, "
             "the cached tokens first, or crop the cache."
         )
-    state = CachedStructure.of(cache)
+    state = _structure(cache, rows)
     if state.external:
         raise ValueError(
             "`past_key_values` was filled under a 4D `attention_mask`, so its branches are unknown. Leave it out."
         )
     if state.token_ids is not None:
         known = state.token_ids.to(input_ids.device)
-        differs = (known != input_ids[:, : known.shape[1]]) & real[:, : known.shape[1]].to(input_ids.device)
+        shown = real[:, : known.shape[1]].to(input_ids.device)
+        hidden = shown != (known >= 0)
+        if hidden.any():
+            row, column = hidden.nonzero()[0].tolist()
+            what = "shows padding" if shown[row, column] else "hides a token"
+            raise ValueError(
+                f"`attention_mask` {what} of `past_key_values` at row {row}, column {column}. Give it 0 for the "
+                "padding of the returned `sequences` (where `branch_ids` is -1), and 1 for all else."
+            )
+        differs = (known != input_ids[:, : known.shape[1]]) & shown
         if differs.any():
             row, column = differs.nonzero()[0].tolist()
             raise ValueError(
@@ -71,25 +82,59 @@ def cached_columns(cache: Cache | None, input_ids: torch.Tensor, real: torch.Ten
 
 
 def check_past_structure(cache: Cache, machines: Sequence[StructureMachine], cached: Sequence[int]) -> None:
-    """Refuses a cache whose recorded blocks are not those of the text.
+    """Refuses a cache whose recorded blocks or positions are not those of the text.
 
     Args:
         cache (`Cache`): with the structure that a Multiverse model has recorded on it, if any.
         machines (`Sequence[StructureMachine]`): of every row's whole text.
         cached (`Sequence[int]`): how many tokens of each row are cached.
     """
-    recorded = CachedStructure.of(cache).machines
+    known = hasattr(cache, CachedStructure.ATTRIBUTE)
+    state = _structure(cache, len(machines))
     for row, (machine, count) in enumerate(zip(machines, cached, strict=True)):
-        tags = [event for event in machine.events if event[0] < count and event[1]]
         # Without a record the cached beginning was read as plain text.
-        found = [] if recorded is None else [event for event in recorded[row].events if event[0] < count and event[1]]
-        if recorded is None and not any(tag == "<Parallel>" for _, tag in tags):
-            continue
-        if tags != found:
+        recorded = None if state.machines is None else state.machines[row]
+        if _tags_of_blocks(machine, count) != ([] if recorded is None else _tags_of_blocks(recorded, recorded.length)):
             raise ValueError(
                 f"`past_key_values` was filled with other tags than row {row} of `input_ids` begins with. Put the new "
                 "turn behind the returned `sequences`, or leave the cache out."
             )
+        if not known or not count:
+            continue
+        if recorded is not None:
+            position = recorded.next_position
+        else:
+            position = state.length if state.next_positions is None else int(state.next_positions[row])
+        expected = machine.truncated(count).next_position
+        if position != expected:
+            raise ValueError(
+                f"`past_key_values` goes on at position {position} in row {row}, its tokens at {expected}. Fill the "
+                "cache with the `attention_mask` of this call and with `position_ids` that leave padding out, or "
+                "leave it out."
+            )
+
+
+def _tags_of_blocks(machine: StructureMachine, end: int) -> list[tuple[int, str]]:
+    """Tags before index `end`, from the first block on: what stands before it may have been read as plain text."""
+    tags = [event for event in machine.events if event[0] < end and event[1]]
+    first = next((place for place, (_, tag) in enumerate(tags) if tag == "<Parallel>"), len(tags))
+    return tags[first:]
+
+
+def _structure(cache: Cache, rows: int) -> CachedStructure:
+    """The structure recorded on `cache`, brought to as many rows as it has: `Cache.batch_repeat_interleave` repeats
+    them unseen."""
+    state = CachedStructure.of(cache)
+    records = (state.machines, state.token_ids, state.next_positions)
+    count = next((len(record) for record in records if record is not None), rows)
+    if count == rows:
+        return state
+    if rows % count:
+        raise ValueError(
+            f"`past_key_values` holds {rows} rows, the structure recorded with it {count}. Choose rows with "
+            "`CachedStructure.reorder`, which takes their blocks along."
+        )
+    return state.selected(torch.arange(count).repeat_interleave(rows // count))
 
 
 def return_past(
@@ -127,12 +172,14 @@ def return_past(
     for number in range(len(source.layers)):
         keys, values = (_in_columns(buffer, columns, slots, length) for buffer in source.buffers(number))
         target.update(keys, values, number)
-    if any(len(machine.parents) > 1 or machine.open_blocks or machine.blocks for machine in machines):
+    # Without a machine, padding may stand on the left only: `crop` takes off as many positions as columns.
+    left_padded = all(len(own) == 0 or int(own[0]) + len(own) == length for own in columns)
+    if not left_padded or any(machine.blocks for machine in machines):
         state = CachedStructure(length, None, machines, [branches.to(sequences.device)])
     else:
         after = torch.tensor([machine.next_position for machine in machines], device=sequences.device)
         state = CachedStructure(length, after)
-    state.token_ids = sequences[:, :length].clone()
+    state.token_ids = sequences[:, :length].masked_fill(~real[:, :length].to(sequences.device), -1)
     setattr(target, CachedStructure.ATTRIBUTE, state)
 
 

@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 import typer
-from multiverse.masking_multiverse import SUPPORTED_ATTENTION
+from multiverse.kernels.dispatch import SUPPORTED_ATTENTION
 from multiverse.modeling_multiverse import ARCHITECTURES
 from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .slot_bits import SlotBits
+
 
 class VisibleSlots:
     """Table of one request: a row per branch, a column per cache slot in use.
@@ -17,13 +19,18 @@ class VisibleSlots:
 
     Args:
         capacity (`int`): slots to reserve at first.
+        mirror (`SlotBits`, *optional*): is told of every change, as one of `request`.
+        request (`int`): number of the request.
 
     Attributes:
         length (`int`): slots in use.
     """
 
-    def __init__(self, capacity: int = 64) -> None:
+    def __init__(self, capacity: int = 64, mirror: SlotBits | None = None, request: int = 0) -> None:
         self.length = 0
+        self.mirror, self.request = mirror, request
+        # The slots that the rows of the last step see, kept while neither the rows nor what they see has changed.
+        self._union: tuple[frozenset[int], torch.Tensor] | None = None
         self._table = torch.zeros(4, max(capacity, 1), dtype=torch.bool)
         self._seen: list[int] = [0] * 4
         self._free = [3, 2, 1, 0]
@@ -46,6 +53,9 @@ class VisibleSlots:
         else:
             self._table[row] = self._table[parent]
         self._seen[row] = 0 if parent is None else self._seen[parent]
+        self._union = None
+        if self.mirror is not None:
+            self.mirror.open_row(self.request, row, parent, self.length)
         return row
 
     def close_row(self, row: int) -> None:
@@ -56,6 +66,9 @@ class VisibleSlots:
         """Lets `row` see all that `other` sees."""
         self._table[row] |= self._table[other]
         self._seen[row] = int(self._table[row].sum())
+        self._union = None
+        if self.mirror is not None:
+            self.mirror.absorb(self.request, row, other, self.length)
 
     def append(self, rows: Sequence[int]) -> None:
         """Adds a slot for each of `rows`, seen by that row alone until others open from it or absorb it."""
@@ -64,6 +77,8 @@ class VisibleSlots:
         self._table[list(rows), list(range(first, self.length))] = True
         for row in rows:
             self._seen[row] += 1
+        if self.mirror is not None:
+            self.mirror.append(self.request, rows, first)
 
     def append_block(self, visible: dict[int, torch.Tensor]) -> None:
         """Adds slots, as many as each tensor of `visible` has entries: by row, a bool tensor of what it sees."""
@@ -73,6 +88,23 @@ class VisibleSlots:
             self.length = first + sees.shape[0]
             self._table[row, first : self.length] = sees
             self._seen[row] += int(sees.sum())
+        self._union = None
+        if self.mirror is not None:
+            self.mirror.append_block(self.request, visible, first)
+
+    def seen_by_any(self, rows: Sequence[int]) -> torch.Tensor:
+        """Slots that at least one of the newest tokens may see, ascending, int64 of shape `(seen,)`.
+
+        Args:
+            rows (`Sequence[int]`): the row of each of them; they stand in the last `len(rows)` slots.
+        """
+        live = frozenset(rows)
+        if self._union is not None and self._union[0] == live:
+            seen = torch.cat([self._union[1], torch.arange(self.length - len(rows), self.length)])
+        else:
+            seen = self._table[list(live), : self.length].any(dim=0).nonzero().flatten()
+        self._union = (live, seen)
+        return seen
 
     def mask(self, rows: Sequence[int]) -> torch.Tensor | None:
         """What the newest tokens see.

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from multiverse.kernels.dispatch import PATH_MASK_ATTENTION, unsupported_attention_message
+from multiverse.kernels.flex import flex_block_mask
+from multiverse.kernels.path_mask import PathMask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .layout import compatible_branches, expand_runs, read_sequence
 from .structure import StructureMachine
-
-#: Attention implementations that the mask of `structured_inputs` is known to be right for.
-SUPPORTED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
 @dataclass
@@ -91,16 +91,34 @@ class CachedStructure:
         machines = [machine.truncated(count) for machine, count in zip(self.machines, real, strict=True)]
         return CachedStructure(length, None, machines, [branches], self.external, ids)
 
-    def rows(self, batch_size: int, device: torch.device, first_positions: torch.Tensor | None = None) -> None:
-        """Makes sure that there is a machine for every row, reading what is cached as an untagged prefix."""
+    def rows(
+        self,
+        batch_size: int,
+        device: torch.device,
+        first_positions: torch.Tensor | None = None,
+        cached_mask: torch.Tensor | None = None,
+    ) -> None:
+        """Makes sure that there is a machine for every row, reading what is cached as an untagged prefix.
+
+        Args:
+            first_positions (`torch.Tensor` of shape `(B,)`, *optional*): positions of the first new tokens, where the
+                caller has given them.
+            cached_mask (`torch.Tensor` of shape `(B, length)`, *optional*): 0 where a cached slot is padding.
+        """
         if self.machines is None:
             self.machines = [StructureMachine() for _ in range(batch_size)]
+            real = torch.ones(batch_size, self.length, dtype=torch.bool)
+            if cached_mask is not None:
+                real = cached_mask.bool().cpu()
             known = self.next_positions if first_positions is None else first_positions
+            if known is not None and batch_size % len(known) == 0:
+                # `Cache.batch_repeat_interleave` repeats rows unseen.
+                known = known.repeat_interleave(batch_size // len(known))
             positions = [self.length] * batch_size if known is None else known.tolist()
-            for machine, position in zip(self.machines, positions, strict=True):
-                machine.resume_at(position - self.length)
-                machine.read_plain(self.length)
-            self.slot_branches = [torch.zeros(batch_size, self.length, dtype=torch.long, device=device)]
+            for machine, position, count in zip(self.machines, positions, real.sum(dim=1).tolist(), strict=True):
+                machine.resume_at(position - count)
+                machine.read_plain(count)
+            self.slot_branches = [real.long().sub(1).to(device)]
         elif len(self.machines) != batch_size:
             raise ValueError(
                 f"`input_ids` has {batch_size} rows, `past_key_values` was filled with {len(self.machines)}. Continue "
@@ -149,7 +167,10 @@ def structured_inputs(
         # The caller knows best which rows are cached: they may have been reordered or repeated since the prefill.
         first = real.int().argmax(dim=1, keepdim=True)
         first_positions = position_ids.cpu().expand(batch_size, -1).gather(1, first)[:, 0]
-    state.rows(batch_size, device, first_positions)
+    cached_mask = None
+    if attention_mask is not None and attention_mask.shape[1] == state.length + new:
+        cached_mask = attention_mask[:, : state.length]
+    state.rows(batch_size, device, first_positions, cached_mask)
     starts = [None] * batch_size
     if attention_mask is None and state.length == 0:
         starts = _document_starts(position_ids, document_starts, batch_size, new)
@@ -179,14 +200,23 @@ def branch_causal_mask(
     """The causal mask of the new tokens over all slots, with incompatible branches taken out."""
     device = input_ids.device
     branches = torch.cat(state.slot_branches, dim=1)
+    state.slot_branches = [branches]
+    assert state.machines is not None
     # A static cache is longer than what it holds; the causal rule hides the rest, the index must merely exist.
     slots = past_key_values.get_mask_sizes(input_ids.shape[1], 0)[0] if past_key_values is not None else 0
-    branches = torch.nn.functional.pad(branches, (0, max(0, int(slots) - branches.shape[1])), value=-1).clamp(min=0)
-    assert state.machines is not None
+    spare = max(0, int(slots) - branches.shape[1])
+    if config._attn_implementation in (*PATH_MASK_ATTENTION, "flex_attention") and not spare:
+        path_mask = PathMask.from_machines(state.machines, branches, input_ids.shape[1])
+        return flex_block_mask(path_mask) if config._attn_implementation == "flex_attention" else path_mask
+    if config._attn_implementation in PATH_MASK_ATTENTION:
+        raise ValueError(
+            f"`past_key_values` has room for {slots} slots beyond those in use, which {config._attn_implementation!r} "
+            "cannot leave out. Pass a `DynamicCache`, or use `attn_implementation='sdpa'`."
+        )
+    branches = torch.nn.functional.pad(branches, (0, spare), value=-1).clamp(min=0)
     tables = [compatible_branches(machine) for machine in state.machines]
     count = max(table.shape[0] for table in tables)
     compatible = torch.stack([torch.nn.functional.pad(t, (0, count - t.shape[0]) * 2) for t in tables]).to(device)
-    state.slot_branches = [torch.cat(state.slot_branches, dim=1)]
     return create_causal_mask(
         config=config,
         # Only batch size, length, dtype and device are read off this argument.
@@ -197,6 +227,42 @@ def branch_causal_mask(
         position_ids=None,
         and_mask_function=compatible_mask_function(branches, compatible),
     )
+
+
+def untagged_path_mask(
+    batch_size: int,
+    new: int,
+    cached: int,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    document_starts: torch.Tensor | None,
+    device: torch.device,
+) -> PathMask:
+    """The mask of text without blocks: causal, without padding, each packed document by itself.
+
+    Args:
+        batch_size, new, cached (`int`): rows, new tokens, and slots that the cache holds already.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a slot is padding.
+        position_ids, document_starts (`torch.Tensor`, *optional*): as in `structured_inputs`.
+    """
+    slots = cached + new
+    real = torch.ones(batch_size, slots, dtype=torch.bool)
+    if attention_mask is not None:
+        real[:, slots - attention_mask.shape[1] :] = attention_mask.bool().cpu()
+    starts: list = [None] * batch_size
+    if attention_mask is None and not cached:
+        starts = _document_starts(position_ids, document_starts, batch_size, new)
+    branches = torch.full((batch_size, slots), -1, dtype=torch.long)
+    machines = []
+    for row in range(batch_size):
+        machine = StructureMachine()
+        for start in starts[row] or ():
+            machine.read_plain(start - machine.length)
+            machine.start_document()
+        machine.read_plain(int(real[row].sum()) - machine.length)
+        branches[row, real[row]] = expand_runs(machine)[0]
+        machines.append(machine)
+    return PathMask.from_machines(machines, branches, new, device)
 
 
 def compatible_mask_function(branches: torch.Tensor, compatible: torch.Tensor) -> Callable:
@@ -240,14 +306,6 @@ def explicit_mask(implementation: str | None, attention_mask: torch.Tensor, dtyp
             device=str(attention_mask.device),
         )
     raise ValueError(unsupported_attention_message(implementation))
-
-
-def unsupported_attention_message(implementation: str | None) -> str:
-    """Says which attention implementations can express Multiverse Attention."""
-    return (
-        f"`attn_implementation` is {implementation!r}, which cannot express branch visibility. Use one of "
-        f"{SUPPORTED_ATTENTION}, for example `model.set_attn_implementation('sdpa')`."
-    )
 
 
 def _document_starts(

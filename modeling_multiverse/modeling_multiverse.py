@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from multiverse.generation.mixin import MultiverseGenerationMixin
+from multiverse.kernels.dispatch import PATH_MASK_ATTENTION, SUPPORTED_ATTENTION, unsupported_attention_message
+from multiverse.kernels.path_mask import PathMask
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -34,14 +36,7 @@ from .configuration_multiverse import (
     MultiverseQwen2Config,
     MultiverseQwen3Config,
 )
-from .masking_multiverse import (
-    SUPPORTED_ATTENTION,
-    CachedStructure,
-    explicit_mask,
-    has_block,
-    structured_inputs,
-    unsupported_attention_message,
-)
+from .masking_multiverse import CachedStructure, explicit_mask, has_block, structured_inputs, untagged_path_mask
 
 
 class MultiverseModelMixin:
@@ -55,7 +50,7 @@ class MultiverseModelMixin:
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -63,6 +58,12 @@ class MultiverseModelMixin:
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         state = None
+        takes_path_mask = self.config._attn_implementation in PATH_MASK_ATTENTION and "path_plan" not in kwargs
+        if takes_path_mask and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but {self.config._attn_implementation!r} "
+                "builds its own from the tags. Pass a 2D mask of the padding, or use `attn_implementation='sdpa'`."
+            )
         if input_ids is None and CachedStructure.of(past_key_values).machines is not None:
             raise ValueError(
                 "`inputs_embeds` carries no tags, but `past_key_values` holds blocks to go on from. Pass `input_ids`."
@@ -73,6 +74,20 @@ class MultiverseModelMixin:
             attention_mask, position_ids = self._apply_structure(
                 state, input_ids, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
             )
+        if takes_path_mask:
+            self._refuse_sliding_windows()
+            path_mask = attention_mask
+            if not isinstance(path_mask, PathMask):
+                path_mask = self._untagged_path_mask(
+                    input_ids if inputs_embeds is None else inputs_embeds,
+                    attention_mask,
+                    position_ids,
+                    past_key_values,
+                    kwargs.get("cu_seq_lens_q"),
+                )
+            kwargs["path_mask"] = path_mask
+            # Four dimensions stand for a mask that has been prepared, so that the parent prepares none.
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=path_mask.device)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -89,6 +104,38 @@ class MultiverseModelMixin:
                 if isinstance(cache, Cache):
                     setattr(cache, CachedStructure.ATTRIBUTE, state)
         return outputs
+
+    def _refuse_sliding_windows(self) -> None:
+        if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
+            raise ValueError(
+                "`config.layer_types` holds sliding-window layers, which Multiverse Attention does not define. Load "
+                "the model with `use_sliding_window=False`."
+            )
+
+    def _untagged_path_mask(
+        self,
+        inputs: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+        cumulative_lengths: torch.Tensor | None,
+    ) -> PathMask:
+        """The mask of text without blocks, for attention that takes a `PathMask`."""
+        if inputs is None:
+            raise ValueError("`input_ids` is missing. Pass it, or `inputs_embeds`.")
+        batch_size, new = inputs.shape[:2]
+        cached = room = 0
+        if past_key_values is not None:
+            cached = int(past_key_values.get_seq_length())
+            room = past_key_values.get_mask_sizes(new, 0)[0] - new
+        if room > cached:
+            raise ValueError(
+                f"`past_key_values` is a {type(past_key_values).__name__} with room beyond the slots in use, which "
+                f"{self.config._attn_implementation!r} cannot leave out. Pass a `DynamicCache`."
+            )
+        return untagged_path_mask(
+            batch_size, new, cached, attention_mask, position_ids, cumulative_lengths, inputs.device
+        )
 
     def _apply_structure(
         self,
@@ -130,11 +177,7 @@ class MultiverseModelMixin:
             return attention_mask, position_ids
         if self.config._attn_implementation not in SUPPORTED_ATTENTION:
             raise ValueError(unsupported_attention_message(self.config._attn_implementation))
-        if "sliding_attention" in (getattr(self.config, "layer_types", None) or ()):
-            raise ValueError(
-                "`config.layer_types` holds sliding-window layers, which Multiverse Attention does not define. Load "
-                "the model with `use_sliding_window=False`."
-            )
+        self._refuse_sliding_windows()
         return structured_inputs(
             self.config,
             state,

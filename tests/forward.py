@@ -23,14 +23,16 @@ from transformers.cache_utils import Cache
 
 BASES = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM}
 
-every_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+every_attention = pytest.mark.parametrize("attention", ["eager", "sdpa", "multiverse"])
+# Those that take a mask from outside.
+every_mask_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 # Not eager in float64: transformers takes that softmax in float32, where the smallest float64 is -inf, and a padding
 # query, which sees nothing, gives NaN (in the base classes too).
 every_padded_kind = pytest.mark.parametrize(
     ("attention", "dtype"),
-    [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64)],
-    ids=["eager-float32", "sdpa-float32", "sdpa-float64"],
+    [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64), ("multiverse", torch.float64)],
+    ids=["eager-float32", "sdpa-float32", "sdpa-float64", "multiverse-float64"],
 )
 with_and_without_positions = pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])
 both_sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -108,7 +110,7 @@ def fresh_models(
                 parameter.add_(0.2 * torch.randn_like(parameter))
     base = BASES[architecture](tiny_config(architecture, **fields)).to(dtype).eval()
     base.load_state_dict(model.state_dict(), strict=True)
-    base.set_attn_implementation(attention)
+    base.set_attn_implementation("sdpa" if attention == "multiverse" else attention)
     return model, base
 
 

@@ -9,8 +9,8 @@ from forward import (
     WORDS,
     additive,
     difference,
-    every_attention,
     every_dtype,
+    every_mask_attention,
     examples,
     logits_of,
     models,
@@ -25,7 +25,7 @@ from tiny import TOKEN_IDS, tiny_model
 
 
 @every_architecture
-@every_attention
+@every_mask_attention
 @every_dtype
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_explicit_mask_gives_what_the_built_one_gives(
@@ -44,7 +44,7 @@ def test_explicit_mask_gives_what_the_built_one_gives(
     check()
 
 
-@every_attention
+@every_mask_attention
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_explicit_mask_serves_rows_that_differ_and_a_cache(attention: str, kind: str) -> None:
     model, _ = models("qwen3", torch.float64, attention)
@@ -78,7 +78,7 @@ def test_explicit_mask_serves_rows_that_differ_and_a_cache(attention: str, kind:
 
 
 @every_architecture
-@every_attention
+@every_mask_attention
 def test_explicit_bool_mask_is_honoured_on_untagged_text(architecture: str, attention: str) -> None:
     # Transformers' own eager attention adds a bool mask to the scores as 0 and 1, which hides nothing.
     model, base = models(architecture, torch.float64, attention)
@@ -111,10 +111,10 @@ def test_explicit_mask_without_positions_raises_on_tagged_text(architecture: str
 @pytest.mark.parametrize("masked", [False, True], ids=["built", "explicit"])
 def test_unsupported_attention_raises_on_tagged_text(architecture: str, masked: bool) -> None:
     model = tiny_model(architecture)
-    model.config._attn_implementation = "flash_attention_2"
+    model.config._attn_implementation = "flash_attention_3"
     layout = reference_layout(TWO_PATHS, TOKEN_IDS)
     arguments = {"attention_mask": reference_mask(layout), "position_ids": row(layout.positions)} if masked else {}
-    with pytest.raises(ValueError, match="`attn_implementation` is 'flash_attention_2'"):
+    with pytest.raises(ValueError, match="`attn_implementation` is 'flash_attention_3'"):
         logits_of(model, row(TWO_PATHS), **arguments)
 
 

@@ -238,7 +238,7 @@ def test_command_hands_all_options_over(served: list[dict[str, Any]]) -> None:
     [
         (["--continuous-batching"], "--continuous-batching decodes by a loop of its own"),
         (["--compile"], "--compile needs a static cache"),
-        (["--attn-implementation", "flash_attention_2"], "--attn-implementation is 'flash_attention_2'"),
+        (["--attn-implementation", "flash_attention_3"], "--attn-implementation is 'flash_attention_3'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

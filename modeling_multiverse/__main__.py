@@ -1,0 +1,5 @@
+"""`python -m multiverse` is the command `multiverse`."""
+
+from multiverse.cli import app
+
+app()

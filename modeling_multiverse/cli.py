@@ -1,0 +1,73 @@
+"""The command `multiverse`."""
+
+import sys
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    sys.exit("The command needs typer and rich: pip install 'multiverse-transformers[cli]'")
+
+import torch
+from multiverse.configuration_multiverse import MultiverseConfig
+from multiverse.kernels.availability import backend_report
+from multiverse.kernels.dispatch import DECODE_ATTENTION, SUPPORTED_ATTENTION
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """Multiverse for Transformers."""
+
+
+@app.command()
+def kernels(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint whose configuration counts; a 64-dim head in float32 by default.")
+    ] = None,
+    attn_implementation: Annotated[str, typer.Option(help=f"One of {', '.join(SUPPORTED_ATTENTION)}.")] = "sdpa",
+    decode_attention: Annotated[str, typer.Option(help=f"One of {', '.join(DECODE_ATTENTION)}.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="By default the GPU if there is one, else the CPU.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="By default the checkpoint's.")] = None,
+) -> None:
+    """Which attention backend would run for a model on this machine, and why."""
+    if decode_attention not in DECODE_ATTENTION:
+        raise typer.BadParameter(f"--decode-attention must be one of {DECODE_ATTENTION}, got {decode_attention!r}.")
+    head_dim, weights, sliding = 64, torch.float32, False
+    if model is not None:
+        config = MultiverseConfig.from_pretrained(model)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        weights = config.dtype or weights
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if dtype is not None:
+        weights = getattr(torch, dtype, None)
+        if not isinstance(weights, torch.dtype):
+            raise typer.BadParameter(f"--dtype must name a dtype such as bfloat16, got {dtype!r}.")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        report = backend_report(attn_implementation, decode_attention, place, weights, head_dim, sliding)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    name = str(weights).removeprefix("torch.")
+    table = Table(title=f"{model or 'any model'}: {name}, head dim {head_dim}, on {place}", title_justify="left")
+    for column in ("used", "for", "backend", "runs here", "why"):
+        table.add_column(column)
+    for status in report:
+        table.add_row(
+            "→" if status.chosen else "",
+            {"forward": "training, prefill", "decode": "decode steps"}[status.purpose],
+            status.name,
+            "[green]yes[/]" if status.runs else "[red]no[/]",
+            status.why,
+        )
+    Console().print(table)
+    if any(status.chosen and not status.runs for status in report):
+        Console(stderr=True).print("[red]What was asked for does not run here; nothing takes its place in silence.[/]")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -40,7 +40,7 @@ class PathReport:
         branch (`int`): branch id of its tokens.
         start, end (`int`): its tokens, counted from the row's first real one; `end` is exclusive.
         finish_reason (`str`, *optional*): why it ended, see `BranchReport`; `"prompt"` where the prompt has closed it.
-        steps (`tuple[int, int]`, *optional*): sequential steps that made its first and last token.
+        first_step, last_step (`int`, *optional*): sequential steps that made the first and last token of its own.
         blocks (`list[BlockReport]`): blocks inside it, in order.
     """
 
@@ -49,7 +49,8 @@ class PathReport:
     start: int
     end: int
     finish_reason: str | None = None
-    steps: tuple[int, int] | None = None
+    first_step: int | None = None
+    last_step: int | None = None
     blocks: list["BlockReport"] = field(default_factory=list)
 
 
@@ -174,8 +175,7 @@ class _TreeReader:
             if branch is not None:
                 own = _report(branch)
                 report.label, report.finish_reason = branch.label, own.finish_reason
-                if own.first_step is not None and own.last_step is not None:
-                    report.steps = (own.first_step, own.last_step)
+                report.first_step, report.last_step = own.first_step, own.last_step
             reports.append(report)
         return reports
 

@@ -16,8 +16,8 @@ _COLOURS = ("#4c6ef5", "#f76707", "#2f9e44", "#e64980", "#1098ad", "#9c36b5", "#
 
 
 def mask_svg(mask: PathMask, block_m: int, block_n: int, row: int = 0) -> str:
-    """One batch row as an SVG: a bar for the visible keys of a branch, a white field for every block that is visited (framed
-    if all of it is visible), grey where nothing is read.
+    """One batch row as an SVG: a bar for the visible keys of a branch, and a white field for every block that is
+    visited, framed if all of it is visible; grey is never read.
 
     Args:
         mask (`PathMask`): rows are drawn downwards, keys to the right.

@@ -29,9 +29,13 @@ every_mask_attention = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 every_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 # Not eager in float64: transformers takes that softmax in float32, where the smallest float64 is -inf, and a padding
 # query, which sees nothing, gives NaN (in the base classes too).
+_STOCK_KINDS = [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64)]
+every_stock_padded_kind = pytest.mark.parametrize(
+    ("attention", "dtype"), _STOCK_KINDS, ids=["eager-float32", "sdpa-float32", "sdpa-float64"]
+)
 every_padded_kind = pytest.mark.parametrize(
     ("attention", "dtype"),
-    [("eager", torch.float32), ("sdpa", torch.float32), ("sdpa", torch.float64), ("multiverse", torch.float64)],
+    [*_STOCK_KINDS, ("multiverse", torch.float64)],
     ids=["eager-float32", "sdpa-float32", "sdpa-float64", "multiverse-float64"],
 )
 with_and_without_positions = pytest.mark.parametrize("positions", [False, True], ids=["no positions", "positions"])

@@ -15,6 +15,7 @@ from forward import (
     every_attention,
     every_dtype,
     every_padded_kind,
+    every_stock_padded_kind,
     examples,
     in_chunks,
     logits_of,
@@ -120,7 +121,7 @@ def test_positions_given_beside_a_cache_that_holds_blocks_are_not_needed(archite
 
 
 @every_architecture
-@every_padded_kind
+@every_stock_padded_kind
 def test_static_cache_gives_the_full_forward(architecture: str, attention: str, dtype: torch.dtype) -> None:
     model, _ = models(architecture, dtype, attention)
     input_ids, mask = pad([WORDS + NESTED, TWO_PATHS], "left")

@@ -9,9 +9,9 @@ from forward import (
     WORDS,
     both_sides,
     difference,
-    every_attention,
     every_dtype,
-    every_padded_kind,
+    every_mask_attention,
+    every_stock_padded_kind,
     fresh_models,
     logits_of,
     models,
@@ -33,21 +33,21 @@ def assert_equal_to_base(
 
 
 @every_architecture
-@every_attention
+@every_mask_attention
 @every_dtype
 def test_untagged_text_is_the_base_models(architecture: str, attention: str, dtype: torch.dtype) -> None:
     assert_equal_to_base(architecture, attention, dtype, torch.tensor([WORDS, WORDS[::-1]]))
 
 
 @every_architecture
-@every_attention
+@every_mask_attention
 @every_dtype
 def test_tags_without_a_block_are_the_base_models(architecture: str, attention: str, dtype: torch.dtype) -> None:
     assert_equal_to_base(architecture, attention, dtype, row(STRAY_TAGS))
 
 
 @every_architecture
-@every_padded_kind
+@every_stock_padded_kind
 @both_sides
 @with_and_without_positions
 def test_untagged_padded_text_is_the_base_models(
@@ -59,7 +59,7 @@ def test_untagged_padded_text_is_the_base_models(
 
 
 @every_architecture
-@every_attention
+@every_mask_attention
 @every_dtype
 def test_untagged_text_with_positions_is_the_base_models(
     architecture: str, attention: str, dtype: torch.dtype
@@ -70,7 +70,7 @@ def test_untagged_text_with_positions_is_the_base_models(
 
 
 @every_architecture
-@every_attention
+@every_mask_attention
 @every_dtype
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_untagged_packed_text_is_the_base_models(
@@ -82,7 +82,7 @@ def test_untagged_packed_text_is_the_base_models(
 
 
 @every_architecture
-@every_padded_kind
+@every_stock_padded_kind
 @with_and_without_positions
 def test_untagged_cached_text_is_the_base_models(
     architecture: str, attention: str, dtype: torch.dtype, positions: bool
@@ -101,7 +101,7 @@ def test_untagged_cached_text_is_the_base_models(
 
 
 @every_architecture
-@every_padded_kind
+@every_stock_padded_kind
 def test_loss_of_untagged_text_is_the_base_models(architecture: str, attention: str, dtype: torch.dtype) -> None:
     input_ids, mask = pad([WORDS, WORDS[3:8]], "right")
     labels = input_ids.masked_fill(mask == 0, -100)

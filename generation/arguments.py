@@ -172,8 +172,8 @@ def in_stock_loop(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
     past = kwargs.get("past_key_values")
     if mode is GenerationMode.ASSISTED_GENERATION and isinstance(past, Cache) and past.get_seq_length():
         raise ValueError(
-            f"`past_key_values` holds {past.get_seq_length()} tokens, but {loop} (`{name}`) of transformers skips what "
-            f"stands between them and the last token. Pass an empty cache, or leave `{name}` out."
+            f"`past_key_values` holds {past.get_seq_length()} tokens, but {loop} (`{name}`) in transformers skips "
+            f"what stands between them and the last token. Pass an empty cache, or leave `{name}` out."
         )
     if isinstance(kwargs.get("streamer"), BranchStreamer):
         raise ValueError(

@@ -10,6 +10,7 @@ from transformers.generation.logits_process import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
 )
 
@@ -53,5 +54,11 @@ def processors_of_row(processors: Iterable[LogitsProcessor], row: int, padding: 
             name = _LENGTHS[type(processor)]
             processor = copy.copy(processor)
             setattr(processor, name, getattr(processor, name) - padding)
+        elif isinstance(processor, RepetitionPenaltyLogitsProcessor) and processor.prompt_ignore_length is not None:
+            # transformers lets it skip the padding of every row of the batch.
+            ignored = processor.prompt_ignore_length
+            ignored = int(ignored[row]) if isinstance(ignored, torch.Tensor) else ignored
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = max(ignored - padding, 0)
         own.append(processor)
     return own

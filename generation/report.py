@@ -176,6 +176,9 @@ class _TreeReader:
                 own = _report(branch)
                 report.label, report.finish_reason = branch.label, own.finish_reason
                 report.first_step, report.last_step = own.first_step, own.last_step
+            closed = path.end if path.close is None else path.close
+            if closed is not None and closed < len(self.request.prompt):
+                report.finish_reason = "prompt"
             reports.append(report)
         return reports
 

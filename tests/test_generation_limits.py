@@ -97,33 +97,3 @@ def test_goal_with_a_hundred_outlines_gets_a_hundred_paths() -> None:
     assert all(path.status is BranchStatus.FINISHED for path in paths)
     assert not [p for p in layout_of(text_of(output)).problems if p.kind in ("unclosed block", "stray close")]
     check_parity(model, output, [prompt])
-
-
-@both_modes
-def test_slots_of_the_cache_are_never_more_than_allowed(parallel: bool) -> None:
-    """Each row has its own budget: what its prompt leaves of the slots."""
-    model = tiny_model()
-    unlimited = decode(model, ROWS, Boost(), max_new_tokens=150, parallel=parallel)
-    for most in (max(map(len, ROWS)) + 30, 120, 140, 400):
-        output = decode(model, ROWS, Boost(), max_new_tokens=150, max_kv_slots=most, parallel=parallel)
-        check_parity(model, output, ROWS)
-        for row, report in enumerate(output.reports):
-            ids = real_tokens(output, ROWS, row)
-            assert report.kv_slots <= len(ids) <= most
-            kinds = {problem.kind for problem in layout_of(ids).problems}
-            assert not kinds & {"stray close", "path outside a block", "unclosed block"}
-            if most - len(ROWS[row]) >= 150:
-                # `max_new_tokens` comes first.
-                assert report.finish_reason == unlimited.reports[row].finish_reason
-            elif len(real_tokens(unlimited, ROWS, row)) > most:
-                assert report.finish_reason == "max_kv_slots"
-                # Nothing is wasted that a token could have used, but for what a fork would have cost.
-                assert len(ids) > most - 20
-
-
-def test_slots_that_do_not_hold_the_prompt_and_its_end_are_refused() -> None:
-    model = tiny_model()
-    for name in ("plain", "after a goal"):
-        prompt = tiny_ids(PROMPTS[name])
-        with pytest.raises(ValueError, match=f"`max_kv_slots` is {len(prompt)}, .* a prompt of {len(prompt)} tokens"):
-            decode(model, [prompt], max_kv_slots=len(prompt))

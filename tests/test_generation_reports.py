@@ -1,13 +1,9 @@
 """What decoding costs: the steps and tokens in its reports, and the forward passes behind them."""
 
-import json
-from itertools import pairwise
-
 import pytest
-from decoding import FORK_AND_END, NESTED, PROMPTS, TWO_PATHS, decode, follow, layout_of, text_of
-from multiverse.generation.report import BlockReport, RequestReport
-from multiverse.structure import Block
-from tiny import TOKEN_IDS, Script, tiny_ids, tiny_model
+from decoding import NESTED, TWO_PATHS, follow, text_of
+from multiverse.generation.report import RequestReport
+from tiny import Script, tiny_model
 
 
 def test_report_counts_the_two_paths_of_a_script() -> None:
@@ -60,54 +56,3 @@ def test_prompt_that_ends_at_a_fork_costs_one_pass_more_than_its_steps() -> None
     assert text_of(output) == TWO_PATHS.ids
     assert output.reports[0].sequential_steps == 5 + 6
     assert len(calls) == 1 + 5 + 6
-
-
-def test_tree_of_nested_blocks() -> None:
-    """Spans and steps of `NESTED`, counted by hand."""
-    first, second = follow(NESTED).reports[0].blocks[0], follow(NESTED).reports[0].blocks[0].paths[1].blocks[0]
-    ids = NESTED.ids
-    assert (first.branch, first.start, first.end, first.outlines) == (0, 1, len(ids) - 2, 3)
-    assert ids[first.goal_close] == TOKEN_IDS["</Goal>"]
-    assert ids[first.conclusion] == TOKEN_IDS["<Conclusion>"]
-    assert [path.label for path in first.paths] == ["1", "2", "3"]
-    assert [path.finish_reason for path in first.paths] == ["closed", "closed", "eos"]
-    assert [path.label for path in second.paths] == ["2.1", "2.7"]
-    assert [path.finish_reason for path in second.paths] == ["eos", "closed"]
-    for block in (first, second):
-        assert ids[block.start] == TOKEN_IDS["<Parallel>"]
-        assert ids[block.end - 1] == TOKEN_IDS["</Parallel>"]
-        for path, following in pairwise([*block.paths, None]):
-            assert ids[path.start] == TOKEN_IDS["<Path>"]
-            assert path.end == (following.start if following else block.conclusion)
-    # 16 answers up to </Goal>. Path 1 answers three times; path 2 14 times up to its own goal's end, 4 in path 2.1 and
-    # 5 after it; path 3 twice.
-    steps = [(path.first_step, path.last_step) for path in first.paths]
-    assert steps == [(16, 16 + 3), (16, 16 + 14 + 4 + 5), (16, 16 + 2)]
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_tree_is_that_of_the_text(name: str) -> None:
-    prompt = tiny_ids(PROMPTS[name])
-    output = decode(tiny_model(), [prompt], FORK_AND_END, max_new_tokens=70)
-    report = output.reports[0]
-    layout = layout_of(text_of(output))
-
-    def same(found: list[BlockReport], blocks: list[Block]) -> int:
-        paths = 0
-        for one, other in zip(found, blocks, strict=True):
-            end = len(layout) if other.end is None else other.end
-            outlines = len(other.outlines)
-            assert (one.branch, one.start, one.end, one.outlines) == (other.branch, other.start, end, outlines)
-            assert (one.goal_close, one.conclusion) == (other.goal_close, other.conclusion)
-            for path, expected in zip(one.paths, other.paths, strict=True):
-                assert (path.branch, path.start) == (expected.branch, expected.start)
-                assert path.end == (len(layout) if expected.end is None else expected.end)
-                # What the prompt has closed before, nobody has run.
-                if path.finish_reason == "prompt":
-                    assert path.end <= len(prompt) + 1
-                paths += 1 + same(path.blocks, expected.blocks)
-        return paths
-
-    # Branches of the report are those that were run: the root, and the paths of blocks that the prompt left open.
-    assert same(report.blocks, layout.blocks) >= len(report.branches) - 1
-    assert json.loads(json.dumps(report.to_dict()))["blocks"] == report.to_dict()["blocks"]

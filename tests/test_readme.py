@@ -1,0 +1,111 @@
+"""What README.md shows works: its snippets, the commands it names, its table of arguments and its links."""
+
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from front_door import front_door
+from multiverse.generation.arguments import GENERATION_DEFAULTS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(language: str) -> list[str]:
+    """Fenced parts of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+PYTHON = snippets("python")
+#: Fenced commands, and those in running text.
+COMMANDS = "\n".join([*snippets("bash"), *re.findall(r"`([^`\n]+)`", README)])
+
+
+def snippet(*words: str) -> str:
+    """The only snippet that holds all of the given words."""
+    (found,) = (each for each in PYTHON if all(word in each for word in words))
+    return found
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_snippet_compiles(number: int) -> None:
+    compile(PYTHON[number], f"README.md, snippet {number}", "exec")
+
+
+def test_snippets_run_one_after_another(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the first answer over a second turn and a streamer to the structure, on a model made on the spot."""
+    loaded = front_door()
+    # A random model rarely ends by itself.
+    loaded[0].generation_config.max_sequential_steps = 60
+    checkpoint = importlib.import_module("multiverse.hub_card.checkpoint")
+    monkeypatch.setattr(checkpoint, "load_demo_model", lambda: loaded)
+    names: dict[str, object] = {}
+    exec(snippet("load_demo_model()", "degree_of_parallelism"), names)
+    output, model = names["output"], names["model"]
+    shown = capsys.readouterr().out
+    assert "<Parallel>" in shown
+    assert float(shown.splitlines()[-1]) == output.reports[0].degree_of_parallelism > 1
+
+    first = output.sequences.clone()
+    exec(snippet("DynamicCache()", "conversation"), names)
+    conversation = names["conversation"]
+    # Greedy decoding: the first turn is the same with a cache.
+    assert conversation[:, : first.shape[1]].tolist() == first.tolist()
+    again = model.generate(conversation, max_new_tokens=100)
+    assert names["output"].sequences.tolist() == again.tolist()
+    assert names["cache"].get_seq_length() == again.shape[1] - 1
+
+    exec(snippet("EventStreamer", "on_event"), names)
+    told = capsys.readouterr().out
+    assert {line.split()[0] for line in told.splitlines() if line} >= {"root", "1", "2"}
+
+    names["ids"] = output.sequences[0].tolist()
+    exec(snippet("BranchLayout.from_token_ids", "layout.problems"), names)
+    layout = names["layout"]
+    assert layout.branch_ids.tolist() == output.branch_ids[0].tolist()
+    assert layout.position_ids.tolist() == output.position_ids[0].tolist()
+    assert [block.start for block in layout.blocks] == [block.start for block in output.blocks[0]]
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"python -m ([\w.]+)", COMMANDS)) - {"pip"}))
+def test_module_that_is_run_exists_and_is_a_program(name: str) -> None:
+    if name.startswith("benchmarks."):
+        path = ROOT / f"{name.replace('.', '/')}.py"
+    else:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        path = Path(spec.origin)
+    assert 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"^make ([\w-]+)", COMMANDS, flags=re.MULTILINE))))
+def test_target_of_make_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_commands_are_found() -> None:
+    assert "python -m multiverse.trainer.sft" in COMMANDS
+    assert "python -m benchmarks.branching" in COMMANDS
+    assert "make demo" in COMMANDS
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(multiverse(?:\.\w+)+)`", README))))
+def test_name_that_is_mentioned_exists(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), attribute) or importlib.util.find_spec(name)
+
+
+def test_table_of_arguments_is_that_of_generate() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", README, flags=re.MULTILINE)
+    written = {name: default.strip().strip("`").strip('"') for name, default in rows}
+    assert written == {name: "none" if value is None else str(value) for name, value in GENERATION_DEFAULTS.items()}
+
+
+LINKS = sorted({link for link in re.findall(r"\]\(([^)#\s]+)\)", README) if "://" not in link})
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_link_leads_to_a_file(link: str) -> None:
+    assert (ROOT / link).exists()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 #: Block pairs that are looked at together; bounds the temporary memory.
-_CHUNK_PAIRS = 1 << 13
+_CHUNK_PAIRS = 1 << 12
 
 
 class Runs(NamedTuple):

@@ -1,5 +1,4 @@
-"""`python -m multiverse.kernels.compile_check`: compiles the kernels for GPUs that need not be there, and says what came
-out.
+"""`python -m multiverse.kernels.compile_check`: compiles the kernels for GPUs that need not be there.
 
 A kernel that spills registers, or whose loop waits for every load, is still right but many times slower, and no test
 of its results shows that. Triton compiles in processes of their own: this one may run kernels in its interpreter.
@@ -183,14 +182,17 @@ def _verdict(results: Sequence[Compiled], gated: Sequence[str]) -> str:
 
 
 def _fails(result: Compiled, gated: Sequence[str]) -> bool:
-    return bool(result.faults) and result.arch in gated and not result.variant.reported
+    return bool(result.faults) and result.arch in gated and result.arch not in result.variant.reported
 
 
 def _described(result: Compiled) -> str:
     variant = result.variant
     constants = ", ".join(f"{name}={value}" for name, value in variant.constants.items())
-    why = f" (reported only: {variant.reported})" if variant.reported else ""
-    return f"{variant.kernel} for {result.arch} in {variant.dtype}, {constants}: {'; '.join(result.faults)}{why}"
+    why = variant.reported.get(result.arch)
+    return (
+        f"{variant.kernel} for {result.arch} in {variant.dtype}, {constants}: {'; '.join(result.faults)}"
+        f"{f' (reported only: {why})' if why else ''}"
+    )
 
 
 def _check_archs(archs: Sequence[str], option: str) -> None:
@@ -220,8 +222,11 @@ def main(
     variants = all_variants(kernels)
     archs = [*arch, *(name for name in reported if name not in arch)]
     errors = Console(stderr=True)
-    compiled = compile_all(variants, archs, workers)
-    results = list(track(compiled, "compiling", total=len(variants) * len(archs), console=errors))
+    total, results = len(variants) * len(archs), []
+    for result in track(compile_all(variants, archs, workers), "compiling", total=total, console=errors):
+        results.append(result)
+        if not errors.is_terminal and len(results) % 10 == 0:  # where no bar can be drawn
+            errors.print(f"{len(results)} of {total} compiled")
     Console(width=None if sys.stdout.isatty() else 140).print(result_table(results, arch))
     faulty = [result for result in results if result.faults]
     for result in faulty:

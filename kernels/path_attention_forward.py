@@ -272,7 +272,7 @@ def launch_forward(
     batch, heads, queries, dim = query.shape
     launch = training_launch("forward", dim, query.element_size())
     runs = mask.block_runs(launch.block_m, launch.block_n)
-    out = torch.empty(batch, queries, heads, dim, dtype=query.dtype, device=query.device)
+    out = torch.empty(batch, queries, heads, dim, dtype=stored_dtype(query), device=query.device)
     lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=query.device)
     with on_device_of(query):
         forward_kernel[(-(-queries // launch.block_m), heads, batch)](
@@ -294,7 +294,15 @@ def launch_forward(
             **kernel_constants(query, key, mask),
             **launch.arguments,
         )
-    return out.transpose(1, 2), lse
+    return out.to(query.dtype).transpose(1, 2), lse
+
+
+def stored_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """In what the kernels store results that are to have the dtype of `tensor`.
+
+    The interpreter truncates where it stores bfloat16, so there the rounding is left to PyTorch.
+    """
+    return torch.float32 if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor.dtype
 
 
 def mask_arguments(mask: PathMask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,7 +10,14 @@ D head dim.
 import torch
 
 from .launch_table import training_launch
-from .path_attention_forward import LOG2_E, kernel_constants, load_rows, mask_arguments, visible_entries
+from .path_attention_forward import (
+    LOG2_E,
+    kernel_constants,
+    load_rows,
+    mask_arguments,
+    stored_dtype,
+    visible_entries,
+)
 from .path_mask import PathMask
 from .triton_support import jit, on_device_of, tl
 
@@ -252,7 +259,7 @@ def launch_grad_key_value(
     batch, kv_heads, slots, dim = key.shape
     launch = training_launch("grad_key_value", dim, query.element_size())
     runs = mask.block_runs_transposed(launch.block_m, launch.block_n)
-    grad_key = torch.empty(batch, slots, kv_heads, dim, dtype=key.dtype, device=key.device)
+    grad_key = torch.empty(batch, slots, kv_heads, dim, dtype=stored_dtype(key), device=key.device)
     grad_value = torch.empty_like(grad_key)
     with on_device_of(query):
         grad_key_value_kernel[(-(-slots // launch.block_n), kv_heads, batch)](
@@ -279,4 +286,5 @@ def launch_grad_key_value(
             **kernel_constants(query, key, mask),
             **launch.arguments,
         )
+    grad_key, grad_value = grad_key.to(key.dtype), grad_value.to(key.dtype)
     return grad_key.transpose(1, 2), grad_value.transpose(1, 2)

@@ -9,7 +9,14 @@ D head dim.
 import torch
 
 from .launch_table import training_launch
-from .path_attention_forward import LOG2_E, kernel_constants, load_rows, mask_arguments, visible_entries
+from .path_attention_forward import (
+    LOG2_E,
+    kernel_constants,
+    load_rows,
+    mask_arguments,
+    stored_dtype,
+    visible_entries,
+)
 from .path_mask import PathMask
 from .triton_support import jit, on_device_of, tl
 
@@ -240,7 +247,7 @@ def launch_grad_query(
     launch = training_launch("grad_query", dim, query.element_size())
     runs = mask.block_runs(launch.block_m, launch.block_n)
     delta = torch.empty_like(lse)
-    grad_query = torch.empty(batch, queries, heads, dim, dtype=query.dtype, device=query.device)
+    grad_query = torch.empty(batch, queries, heads, dim, dtype=stored_dtype(query), device=query.device)
     with on_device_of(query):
         grad_query_kernel[(-(-queries // launch.block_m), heads, batch)](
             query,
@@ -266,4 +273,4 @@ def launch_grad_query(
             **kernel_constants(query, key, mask),
             **launch.arguments,
         )
-    return grad_query.transpose(1, 2), delta
+    return grad_query.to(query.dtype).transpose(1, 2), delta

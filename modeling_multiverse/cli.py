@@ -43,9 +43,10 @@ def kernels(
         weights = config.dtype or weights
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if dtype is not None:
-        weights = getattr(torch, dtype, None)
-        if not isinstance(weights, torch.dtype):
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
             raise typer.BadParameter(f"--dtype must name a dtype such as bfloat16, got {dtype!r}.")
+        weights = named
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         report = backend_report(attn_implementation, decode_attention, place, weights, head_dim, sliding)

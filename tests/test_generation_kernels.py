@@ -64,7 +64,7 @@ def test_more_branches_than_bits_in_a_word() -> None:
     """34 paths at once need a second word of bits."""
     prompt = tiny_ids("a " + goal("abcdefghijklmnopqrstuvwxyzabcdefgh"))
     model = tiny_model(**SMALL)
-    output = decode(model, [prompt], Say("b"), max_new_tokens=260, max_path_tokens=6, **KERNEL)
+    output = decode(model, [prompt], Say("b"), max_new_tokens=290, max_path_tokens=6, **KERNEL)
     check_parity(model, output, [prompt])
     assert len(output.reports[0].branches) == 35
     assert max(output.reports[0].blocks[0].paths, key=lambda path: path.end).finish_reason == "max_path_tokens"

@@ -125,8 +125,8 @@ def other_text(model: MultiverseForCausalLM) -> Case:
 
 def padding_shown(model: MultiverseForCausalLM) -> Case:
     turn, cache = followed(model)
-    column = turn["input_ids"].shape[1] - len(NEWS[0]) - 2
-    row_ = int((turn["attention_mask"][:, column] == 0).nonzero()[0])
+    cached = turn["attention_mask"][:, : cache.get_seq_length()]
+    row_, column = (cached == 0).nonzero()[-1].tolist()
     turn["attention_mask"][row_, column] = 1
     return {
         **turn,

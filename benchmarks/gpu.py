@@ -84,7 +84,7 @@ def check_training(tokens: int, dim: int, dtype: torch.dtype, device: torch.devi
     leaves = inputs((6, 2), tokens, dim, dtype, device)
     exact = [each.detach().double().requires_grad_() for each in leaves[:3]]
     found, wanted = path_attention(*leaves[:3], mask), dense_path_attention(*exact, mask)
-    pairs = [(found, wanted)]
+    pairs = [(found.detach(), wanted.detach())]
     gradients = torch.autograd.grad(found, leaves[:3], leaves[3])
     pairs += zip(gradients, torch.autograd.grad(wanted, exact, leaves[3].double()), strict=True)
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)

@@ -18,6 +18,7 @@ from decoding import (
     real_tokens,
 )
 from hypothesis import given
+from multiverse.generation.cache import PathCache
 from multiverse.generation.output import MultiverseGenerateOutput
 from scripted_requests import (
     PLENTY,
@@ -178,6 +179,39 @@ def test_what_an_earlier_turn_has_left_counts() -> None:
     turn = next_turn(output, [tiny_ids("x")])
     with pytest.raises(ValueError, match=f"`max_kv_slots` is {most}"):
         talk(model, turn, Boost(4.0), **options, max_kv_slots=most, past_key_values=cache)
+
+
+@both_modes
+@pytest.mark.parametrize("wanted", [True, False], ids=["wanted", "not wanted"])
+def test_cache_itself_never_holds_more(wanted: bool, parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted where slots are given out; a cache that is wanted back is run to its last token."""
+    held: dict[int, int] = {}
+    plain_reserve = PathCache.reserve
+
+    def reserve(cache: PathCache, new: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+        moves = plain_reserve(cache, new)
+        for number, region in enumerate(cache.regions):
+            held[number] = max(region.length, held.get(number, 0))
+        return moves
+
+    monkeypatch.setattr(PathCache, "reserve", reserve)
+    for seed, most in enumerate((84, 101)):
+        model = tiny_model(seed=seed)
+        given = padded(ROWS)
+        held.clear()
+        more = {"past_key_values": DynamicCache()} if wanted else {}
+        options = {"max_new_tokens": 300, "max_kv_slots": most, "parallel": parallel, "do_sample": True}
+        output = talk(model, given, Boost(4.0), **options, **more)
+        check_rows(model, output, given)
+        lengths = check_slots(output, ROWS, most)
+        assert list(held.values()) == (lengths if wanted else [report.kv_slots for report in output.reports])
+
+
+@pytest.mark.parametrize("loop", ["num_beams", "prompt_lookup_num_tokens"])
+def test_limit_is_refused_beside_a_loop_that_does_not_honour_it(loop: str) -> None:
+    options = {"parallel": False, "seed": None, loop: 2, "max_kv_slots": 50}
+    with pytest.raises(ValueError, match=rf"^`max_kv_slots` is 50.*`{loop}`"):
+        talk(tiny_model(), padded(ROWS[:1]), **options)
 
 
 @examples(60)

@@ -1,13 +1,20 @@
 """What README.md shows works: its snippets, the commands it names, its table of arguments and its links."""
 
+import functools
 import importlib
 import importlib.util
 import re
 from pathlib import Path
 
+import datasets
 import pytest
+import trl
 from front_door import front_door
+from multiverse import TAGS, MultiverseForCausalLM
 from multiverse.generation.arguments import GENERATION_DEFAULTS
+from multiverse.trainer.synthetic import ProblemOptions, generate_problems
+from tiny import tiny_config, tiny_tokenizer
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,6 +74,26 @@ def test_snippets_run_one_after_another(monkeypatch: pytest.MonkeyPatch, capsys:
     assert layout.branch_ids.tolist() == output.branch_ids[0].tolist()
     assert layout.position_ids.tolist() == output.position_ids[0].tolist()
     assert [block.start for block in layout.blocks] == [block.start for block in output.blocks[0]]
+
+
+def test_training_snippet_trains_a_plain_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As it stands, but for two steps and on a CPU, which TRL's defaults are not made for."""
+    monkeypatch.chdir(tmp_path)
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 2, "disable_tqdm": True}
+    monkeypatch.setattr(trl, "SFTConfig", functools.partial(trl.SFTConfig, **options))
+    tokenizer = tiny_tokenizer()
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    LlamaForCausalLM(tiny_config("llama", len(tokenizer), **special)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    problems = generate_problems(2, seed=1, options=ProblemOptions(paths=(2, 2), terms=(2, 2), nested=0.0))
+    dataset = datasets.Dataset.from_list([problem.messages("parallel") for problem in problems])
+    names: dict[str, object] = {"base": "base", "dataset": dataset}
+    exec(snippet("SFTTrainer", "add_multiverse_tokens"), names)
+    trainer, model = names["trainer"], names["model"]
+    assert trainer.state.global_step == 2
+    assert isinstance(model, MultiverseForCausalLM)
+    assert set(model.config.multiverse_token_ids) == set(TAGS)
+    assert names["tokenizer"].convert_tokens_to_ids("<Path>") == model.config.multiverse_token_ids["<Path>"]
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"python -m ([\w.]+)", COMMANDS)) - {"pip"}))

@@ -111,8 +111,8 @@ def _split_kernel(
     # it would then hold a single block of keys and values and wait for each.
     place = start + tl.arange(0, BLOCK_N)
     slot = tl.load(index_base + place, mask=place < end, other=0)
-    for _ in range(start, end, BLOCK_N):
-        inside = place < end
+    for n in range(start, end, BLOCK_N):
+        inside = n + tl.arange(0, BLOCK_N) < end
         far = slot.to(tl.int64)
         k = tl.load(
             k_base + far[None, :] * stride_ks + d[:, None] * stride_kd,
@@ -142,7 +142,8 @@ def _split_kernel(
         total = total * fade + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
         top = new_top
-        place += BLOCK_N
+        # Worked out from n: carried from turn to turn, places would take registers in every layout that needs them.
+        place = n + BLOCK_N + tl.arange(0, BLOCK_N)
         slot = tl.load(index_base + place, mask=place < end, other=0)
 
     some = total > 0

@@ -5,11 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import TOLERANCE
 from decoding import (
     FORK_AND_END,
-    GOAL,
-    MIXED,
     NESTED,
     PROMPTS,
     Boost,
@@ -21,29 +18,30 @@ from decoding import (
     padded,
     text_of,
 )
-from forward import difference, in_chunks, pad, positions_of, row
+from forward import row
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from multiverse.generation.cache import PathCache
 from multiverse.masking_multiverse import CachedStructure
 from scripted_requests import cuts
 from strategies import Sample, shuffled, trees, truncated
-from tiny import EOS, PAD, TOKEN_IDS, WORDS, from_strategy, goal, tiny_ids, tiny_model
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from turns import NEWS, add, check_rows, check_same, count_runs, cut, next_turn, rows_of, talk
-
-ROWS = [tiny_ids(PROMPTS[name]) for name in MIXED]
-UNTAGGED = [tiny_ids(text) for text in ("a b c d e f g", "h i", "j k l m")]
-
-
-class StopAfter(StoppingCriteria):
-    """Ends the requests whose first token is a given word, once a branch sees many tokens."""
-
-    def __init__(self, word: str, tokens: int) -> None:
-        self.token_id, self.tokens = WORDS[word], tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return (input_ids[:, 0] == self.token_id) & (input_ids.shape[1] >= self.tokens)
+from tiny import EOS, PAD, WORDS, from_strategy, goal, tiny_ids, tiny_model
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from turns import (
+    ENDS,
+    NEWS,
+    ROWS,
+    UNTAGGED,
+    add,
+    check_forward,
+    check_rows,
+    check_same,
+    count_runs,
+    cut,
+    next_turn,
+    rows_of,
+    talk,
+)
 
 
 @pytest.mark.parametrize("name", list(PROMPTS))
@@ -70,16 +68,6 @@ def test_second_and_third_turn_are_the_same_with_and_without_the_cache(name: str
         assert held == output.sequences.shape[1] - 1
         if reply:
             turn = next_turn(output, [reply])
-
-
-#: How the turns of a batch end.
-ENDS: dict[str, tuple[Boost, dict[str, Any]]] = {
-    "end of sequence": (FORK_AND_END, {"max_new_tokens": 300, "max_path_tokens": 12}),
-    "inside blocks": (Boost(4.0), {"max_new_tokens": 25, "max_path_tokens": 5}),
-    "steps": (Boost(4.0), {"max_sequential_steps": 9}),
-    "slots": (Boost(4.0), {"max_kv_slots": 95}),
-    "criterion": (Boost(4.0), {"stopping_criteria": StoppingCriteriaList([StopAfter("a", 30)])}),
-}
 
 
 @pytest.mark.parametrize("end", list(ENDS))
@@ -226,161 +214,6 @@ def test_cache_that_is_returned_unasked_serves_a_second_turn() -> None:
         again = talk(model, turn, processor, **options, past_key_values=output.past_key_values)
         assert sizes[0] == sum(map(len, rows_of(turn))) - int((output.branch_ids[:, :length] >= 0).sum())
         check_rows(model, again, turn)
-
-
-PREFIXES = {
-    "untagged": "a b c d e f g h",
-    "tags without a block": "<Think> a b </Think> c </Goal> d",
-    "after a block": PROMPTS["after a block"],
-    "inside a path": PROMPTS["inside a later path"],
-    "after a goal": PROMPTS["after a goal"],
-}
-
-
-@pytest.mark.parametrize("name", list(PREFIXES))
-def test_prefix_that_a_forward_pass_has_cached_serves_many_questions(name: str) -> None:
-    model = tiny_model()
-    prefix = tiny_ids(PREFIXES[name])
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        cache = model(row(prefix), past_key_values=cache).past_key_values
-    sizes = count_runs(model)
-    for question in (NEWS[0], NEWS[1], NEWS[3]) if name != "inside a path" else (NEWS[0], NEWS[1], NEWS[4]):
-        turn = padded([prefix + question])
-        sizes.clear()
-        output = talk(model, turn, FORK_AND_END, past_key_values=copy.deepcopy(cache))
-        assert sizes[0] == len(question)
-        check_rows(model, output, turn, whole=name != "tags without a block")
-    assert cache.get_seq_length() == len(prefix), "the copies are filled, not the cache itself"
-
-
-@pytest.mark.parametrize("opening", [1, 2, 3], ids=["with the question", "in a second pass", "in a third pass"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_left_padded_prefixes_that_forward_passes_have_cached_serve_a_batch(opening: int, attention: str) -> None:
-    """Where the first passes were plain text, a block that opens later must not count the padding."""
-    model = tiny_model(dtype=torch.float32, attention=attention)
-    given = padded(UNTAGGED)
-    tails = [padded([tiny_ids(f"x <Parallel> {GOAL} <Path> g")] * 3), padded([tiny_ids("h </Path> <Path> i")] * 3)]
-    cache = DynamicCache()
-    whole = given
-    for tail in tails[: opening - 1]:
-        whole = {key: torch.cat([whole[key], tail[key]], dim=1) for key in whole}
-    in_chunks(
-        model,
-        whole["input_ids"],
-        [7, *(tail["input_ids"].shape[1] for tail in tails[: opening - 1])],
-        cache,
-        attention_mask=whole["attention_mask"],
-        position_ids=positions_of(whole["attention_mask"]),
-    )
-    turn = add(whole, [tiny_ids("y z"), tiny_ids("y"), tiny_ids("x y z")] if opening > 1 else NEWS[2:5])
-    output = talk(model, turn, FORK_AND_END, past_key_values=cache)
-    check_rows(model, output, turn)
-
-
-def test_padding_of_a_cached_plain_prefix_is_not_seen_where_a_block_opens_behind_it() -> None:
-    """Under attention that knows padding by its branch alone."""
-    model = tiny_model(dtype=torch.float32, attention="multiverse")
-    given, tail = padded(UNTAGGED), padded([tiny_ids(f"x <Parallel> {GOAL} <Path> g")] * 3)
-    whole = {key: torch.cat([given[key], tail[key]], dim=1) for key in given}
-    positions = positions_of(whole["attention_mask"])
-    width = tail["input_ids"].shape[1]
-    found, _ = in_chunks(model, whole["input_ids"], [7, width], DynamicCache(), whole["attention_mask"], positions)
-    for number, ids in enumerate(rows_of(whole)):
-        with torch.no_grad():
-            expected = model(row(ids)).logits[0, -width:]
-        assert difference(found[number, -width:], expected) <= 1e-4
-
-
-def check_forward(model, output, news: torch.Tensor, positions: bool = False) -> None:
-    """The returned cache gives new tokens of `model.forward` the logits that they have without one.
-
-    Args:
-        news (`torch.LongTensor` of shape `(B, new)`): behind what the cache holds.
-        positions (`bool`): whether to pass positions as `generate` of transformers makes them.
-    """
-    cache = copy.deepcopy(output.past_key_values)
-    real = (output.branch_ids[:, : cache.get_seq_length()] >= 0).long()
-    mask = torch.cat([real, torch.ones_like(news)], dim=1)
-    with torch.no_grad():
-        found = model(
-            input_ids=news,
-            attention_mask=mask,
-            past_key_values=cache,
-            position_ids=positions_of(mask)[:, -news.shape[1] :] if positions else None,
-        ).logits
-        texts = rows_of({"input_ids": output.sequences[:, : real.shape[1]], "attention_mask": real})
-        texts = [ids + new for ids, new in zip(texts, news.tolist(), strict=True)]
-        input_ids, whole_mask = pad(texts, "left")
-        expected = model(input_ids, attention_mask=whole_mask, position_ids=positions_of(whole_mask)).logits
-        assert difference(found, expected[:, -news.shape[1] :]) <= TOLERANCE[model.dtype]
-    assert cache.get_seq_length() == real.shape[1] + news.shape[1]
-
-
-@pytest.mark.parametrize("end", ["end of sequence", "inside blocks"])
-@pytest.mark.parametrize("wanted", [True, False], ids=["given", "returned"])
-def test_cache_serves_forward_passes(end: str, wanted: bool) -> None:
-    processor, options = ENDS[end]
-    model = tiny_model()
-    more = {"past_key_values": DynamicCache()} if wanted else {}
-    output = talk(model, padded(ROWS), processor, **options, **more)
-    for reply in NEWS[2:5:2]:
-        check_forward(model, output, torch.tensor([reply] * len(ROWS)))
-
-
-def untagged_turn(model, prompts, **options):
-    return talk(model, padded(prompts), suppress_tokens=list(TOKEN_IDS.values()), **options)
-
-
-@pytest.mark.parametrize("reply", [NEWS[0], NEWS[4]], ids=["plain", "block"])
-def test_cache_of_untagged_rows_serves_forward_passes(reply: list[int]) -> None:
-    model = tiny_model()
-    news = torch.tensor([reply] * 3)
-    # Rows of one length have the positions of their slots; so have padded ones where the caller says so.
-    even = untagged_turn(model, [ids[:2] for ids in UNTAGGED], suppress_tokens_at_begin=None, eos_token_id=None)
-    assert even.past_key_values.get_seq_length() > 30
-    check_forward(model, even, news)
-    uneven = untagged_turn(model, UNTAGGED, eos_token_id=None)
-    check_forward(model, uneven, news, positions=True)
-    # Padding behind a row that ended early, and a block that opens with no word on positions.
-    ended = untagged_turn(model, UNTAGGED, past_key_values=DynamicCache(), do_sample=True, temperature=2.0)
-    assert len({int(each.sum()) for each in ended.branch_ids >= 0}) > 1
-    check_forward(model, ended, news, positions=True)
-    check_forward(model, ended, torch.tensor([NEWS[4]] * 3))
-
-
-@pytest.mark.parametrize("tagged", [True, False], ids=["tagged", "untagged"])
-def test_beams_go_on_from_the_cache(tagged: bool) -> None:
-    model = tiny_model()
-    turn = padded(ROWS if tagged else UNTAGGED)
-    processor = Boost() if tagged else Boost(-50.0)
-    output = talk(model, turn, processor, past_key_values=DynamicCache())
-    turn = next_turn(output, NEWS[: len(turn["input_ids"])] if tagged else [NEWS[0]] * 3)
-    options = {"num_beams": 2, "parallel": False, "seed": None, "max_new_tokens": 12}
-    plain = talk(model, turn, processor, **options)
-    repeated = torch.arange(len(turn["input_ids"])).repeat_interleave(2)
-    CachedStructure.reorder(output.past_key_values, repeated)
-    found = talk(model, turn, processor, **options, past_key_values=output.past_key_values)
-    assert found.sequences.tolist() == plain.sequences.tolist()
-
-
-@pytest.mark.parametrize("name", ["plain", "inside a later path", "inside a nested goal", "after a block"])
-def test_cache_that_prompt_lookup_has_filled_serves_the_engine(name: str) -> None:
-    model = tiny_model()
-    turn, cache = padded([tiny_ids(PROMPTS[name])]), DynamicCache()
-    stock = {"parallel": False, "prompt_lookup_num_tokens": 3, "seed": None, "max_new_tokens": 15}
-    output = talk(model, turn, Boost(), **stock, past_key_values=cache)
-    held = cache.get_seq_length()
-    assert held >= turn["input_ids"].shape[1]
-    # That loop writes one token after another and bans nothing: what it leaves need not be sound.
-    ids = torch.cat([output.sequences, row(NEWS[0])], dim=1)
-    turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    plain = talk(model, turn, FORK_AND_END, max_new_tokens=90)
-    sizes = count_runs(model)
-    output = talk(model, turn, FORK_AND_END, max_new_tokens=90, past_key_values=cache)
-    assert sizes[0] == ids.shape[1] - held
-    check_same(output, plain)
-    check_rows(model, output, turn, whole=False)
 
 
 @pytest.mark.parametrize("removed", [1, 9, 30])

@@ -1,16 +1,17 @@
 """Conversations of several calls of `generate()`: what a next turn is given, and what every output must satisfy."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from cases import TOLERANCE
-from decoding import layout_of, padded
-from forward import pad
+from decoding import FORK_AND_END, MIXED, PROMPTS, Boost, layout_of, padded
+from forward import difference, pad, positions_of
 from multiverse import MultiverseForCausalLM
 from multiverse.generation.output import MultiverseGenerateOutput
-from tiny import EOS, tiny_ids
-from transformers import LogitsProcessor, LogitsProcessorList
+from tiny import EOS, TOKEN_IDS, WORDS, tiny_ids
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 Given = Mapping[str, torch.Tensor]
 
@@ -133,3 +134,56 @@ def check_same(found: MultiverseGenerateOutput, expected: MultiverseGenerateOutp
     for one, other in zip(found.reports, expected.reports, strict=True):
         # All but the time they took.
         assert {**one.to_dict(), "seconds": {}} == {**other.to_dict(), "seconds": {}}
+
+
+ROWS = [tiny_ids(PROMPTS[name]) for name in MIXED]
+UNTAGGED = [tiny_ids(text) for text in ("a b c d e f g", "h i", "j k l m")]
+
+
+class StopAfter(StoppingCriteria):
+    """Ends the requests whose first token is a given word, once a branch sees many tokens."""
+
+    def __init__(self, word: str, tokens: int) -> None:
+        self.token_id, self.tokens = WORDS[word], tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return (input_ids[:, 0] == self.token_id) & (input_ids.shape[1] >= self.tokens)
+
+
+#: How the turns of a batch end.
+ENDS: dict[str, tuple[Boost, dict[str, Any]]] = {
+    "end of sequence": (FORK_AND_END, {"max_new_tokens": 300, "max_path_tokens": 12}),
+    "inside blocks": (Boost(4.0), {"max_new_tokens": 25, "max_path_tokens": 5}),
+    "steps": (Boost(4.0), {"max_sequential_steps": 9}),
+    "slots": (Boost(4.0), {"max_kv_slots": 95}),
+    "criterion": (Boost(4.0), {"stopping_criteria": StoppingCriteriaList([StopAfter("a", 30)])}),
+}
+
+
+def check_forward(model, output, news: torch.Tensor, positions: bool = False) -> None:
+    """The returned cache gives new tokens of `model.forward` the logits that they have without one.
+
+    Args:
+        news (`torch.LongTensor` of shape `(B, new)`): behind what the cache holds.
+        positions (`bool`): whether to pass positions as `generate` of transformers makes them.
+    """
+    cache = copy.deepcopy(output.past_key_values)
+    real = (output.branch_ids[:, : cache.get_seq_length()] >= 0).long()
+    mask = torch.cat([real, torch.ones_like(news)], dim=1)
+    with torch.no_grad():
+        found = model(
+            input_ids=news,
+            attention_mask=mask,
+            past_key_values=cache,
+            position_ids=positions_of(mask)[:, -news.shape[1] :] if positions else None,
+        ).logits
+        texts = rows_of({"input_ids": output.sequences[:, : real.shape[1]], "attention_mask": real})
+        texts = [ids + new for ids, new in zip(texts, news.tolist(), strict=True)]
+        input_ids, whole_mask = pad(texts, "left")
+        expected = model(input_ids, attention_mask=whole_mask, position_ids=positions_of(whole_mask)).logits
+        assert difference(found, expected[:, -news.shape[1] :]) <= TOLERANCE[model.dtype]
+    assert cache.get_seq_length() == real.shape[1] + news.shape[1]
+
+
+def untagged_turn(model, prompts, **options):
+    return talk(model, padded(prompts), suppress_tokens=list(TOKEN_IDS.values()), **options)

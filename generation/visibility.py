@@ -29,8 +29,9 @@ class VisibleSlots:
     def __init__(self, capacity: int = 64, mirror: SlotBits | None = None, request: int = 0) -> None:
         self.length = 0
         self.mirror, self.request = mirror, request
-        # The slots that the rows of the last step see, kept while neither the rows nor what they see has changed.
-        self._union: tuple[frozenset[int], torch.Tensor] | None = None
+        # The slots that the rows of the last step see, and how many slots there were; kept while neither the rows nor
+        # what they see has changed.
+        self._union: tuple[frozenset[int], torch.Tensor, int] | None = None
         self._table = torch.zeros(4, max(capacity, 1), dtype=torch.bool)
         self._seen: list[int] = [0] * 4
         self._free = [3, 2, 1, 0]
@@ -99,11 +100,11 @@ class VisibleSlots:
             rows (`Sequence[int]`): the row of each of them; they stand in the last `len(rows)` slots.
         """
         live = frozenset(rows)
-        if self._union is not None and self._union[0] == live:
-            seen = torch.cat([self._union[1], torch.arange(self.length - len(rows), self.length)])
+        if self._union is not None and self._union[0] == live and self._union[2] >= self.length - len(rows):
+            seen = torch.cat([self._union[1], torch.arange(self._union[2], self.length)])
         else:
             seen = self._table[list(live), : self.length].any(dim=0).nonzero().flatten()
-        self._union = (live, seen)
+        self._union = (live, seen, self.length)
         return seen
 
     def mask(self, rows: Sequence[int]) -> torch.Tensor | None:

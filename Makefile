@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test processes side by side, each on one core.
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint compile-check train-demo clean
@@ -23,8 +25,8 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 demo: venv ## run the demo (options: ARGS="...")
 	.venv/bin/python -m multiverse.hub_card.demo $(ARGS)
 
-test: venv ## run the tests
-	.venv/bin/python -m pytest
+test: venv ## run the tests (options: ARGS="...", WORKERS=2)
+	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: venv ## check style, formatting and types
 	.venv/bin/ruff check .

@@ -21,6 +21,7 @@ GENERATION_DEFAULTS: dict[str, Any] = {
     "seed": None,
     "decode_attention": "auto",
     "pack_linears": None,
+    "static_shapes": None,
 }
 
 #: Checking the packed weights takes about as long as making a token or two.
@@ -79,6 +80,11 @@ def packs_linears(model: Any, wanted: bool | None, max_new_tokens: int) -> bool:
     return wanted
 
 
+def fills_steps(wanted: bool | None, device: torch.device) -> bool:
+    """Whether decode steps are filled up to static shapes: a CPU would only compute what nobody wants."""
+    return device.type != "cpu" if wanted is None else wanted
+
+
 def check_generate_arguments(
     inputs: Any, config: GenerationConfig | None, kwargs: dict[str, Any], defaults: GenerationConfig
 ) -> None:
@@ -119,9 +125,10 @@ def check_generate_arguments(
     seeds = seed if isinstance(seed, list | tuple) else [] if seed is None else [seed]
     if not all(isinstance(each, int) and not isinstance(each, bool) for each in seeds):
         raise ValueError(f"`seed` must be an integer, a list with one per row, or None, got {seed!r}.")
-    pack = setting("pack_linears")
-    if pack is not None and not isinstance(pack, bool):
-        raise ValueError(f"`pack_linears` must be True, False or None, got {pack!r}.")
+    for name in ("pack_linears", "static_shapes"):
+        value = setting(name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"`{name}` must be True, False or None, got {value!r}.")
     attention = setting("decode_attention")
     if attention is not None and attention not in DECODE_ATTENTION:
         raise ValueError(f"`decode_attention` must be one of {DECODE_ATTENTION}, got {attention!r}.")

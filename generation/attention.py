@@ -60,6 +60,11 @@ class StepPlan:
     implementation: str
     decode: DecodePlan | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Columns of the flat row that hold tokens; a static shape may add others behind them."""
+        return self.segments[-1].end
+
 
 def path_attention_forward(
     module: torch.nn.Module,
@@ -74,20 +79,22 @@ def path_attention_forward(
     """An attention function of transformers' interface.
 
     Args:
-        query (`torch.Tensor` of shape `(1, heads, tokens, head dim)`): the flat row.
+        query (`torch.Tensor` of shape `(1, heads, F, head dim)`): the flat row; columns behind the last segment's are
+            filling.
         key, value (`torch.Tensor` of shape `(1, kv heads, slots, head dim)`): buffers of all requests.
         path_plan (`StepPlan`, *optional*): without one this is transformers' `sdpa`, for forward passes of the same
             model that another thread makes in the meantime.
 
     Returns:
-        Output of shape `(1, tokens, heads, head dim)`, and no weights.
+        Output of shape `(1, F, heads, head dim)`, 0 for the filling, and no weights.
     """
     if path_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if path_plan.decode is not None:
         # One launch for all requests.
-        output, _ = path_decode(query[0].transpose(0, 1), key[0], value[0], path_plan.decode, scaling)
-        return output[None], None
+        tokens = query[0, :, : path_plan.tokens].transpose(0, 1)
+        output, _ = path_decode(tokens, key[0], value[0], path_plan.decode, scaling)
+        return _filled(output[None], query), None
     attend = _BACKENDS.get(path_plan.implementation) or _models_own(module, path_plan.implementation)
     outputs = []
     for segment in path_plan.segments:
@@ -102,7 +109,13 @@ def path_attention_forward(
                 scaling,
             )
         )
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+    return _filled(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), query), None
+
+
+def _filled(output: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Zeros for the columns that a static shape adds behind the tokens."""
+    missing = query.shape[2] - output.shape[1]
+    return torch.nn.functional.pad(output, (0, 0, 0, 0, 0, missing)) if missing else output
 
 
 def _folded(module, query, key, value, segment, scaling):

@@ -95,7 +95,8 @@ class Branch:
         written (`int`): tokens it wrote itself, those of nested paths left out.
         pending (`list[Token]`): written, not yet run through the model.
         status (`BranchStatus`): what it does at present.
-        finish_reason (`str`, *optional*): `"closed"`, `"eos"` or `"max_path_tokens"` for a path that has ended.
+        finish_reason (`str`, *optional*): `"closed"`, `"eos"`, `"max_path_tokens"` or `"prompt"` for a path that has
+            ended.
     """
 
     number: int

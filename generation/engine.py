@@ -30,10 +30,12 @@ class EngineOptions:
     Attributes:
         implementation (`str`): attention of the decode steps, `"folded"` or the name of the model's own.
         width (`int`, *optional*): most branches of a request to sample side by side; 1 is sequential decoding.
+        static_shapes (`bool`): whether decode steps are filled up to one of a few sizes.
     """
 
     implementation: str = "folded"
     width: int | None = None
+    static_shapes: bool = False
 
 
 class Engine:
@@ -63,7 +65,7 @@ class Engine:
         self.device = model.device
         self.sampler = Sampler(requests, sampling)
         headroom = min(max(request.rules.max_new_tokens for request in requests), 256)
-        self.model_step = ModelStep(model, requests, headroom, options.implementation)
+        self.model_step = ModelStep(model, requests, headroom, options.implementation, options.static_shapes)
         # The clock is the same for all branches; everything else may look at the tokens.
         self._clocks = [each for each in stopping_criteria if isinstance(each, MaxTimeCriteria)]
         self._criteria = StoppingCriteriaList(each for each in stopping_criteria if each not in self._clocks)

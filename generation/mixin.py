@@ -20,6 +20,7 @@ from .arguments import (
     GENERATION_DEFAULTS,
     check_decoding,
     check_generate_arguments,
+    fills_steps,
     in_stock_loop,
     packs_linears,
     row_seeds,
@@ -52,6 +53,8 @@ class MultiverseGenerationMixin(GenerationMixin):
       `"path_decode"` on a GPU, `"folded"` on a CPU, `"model"` under `eager` and `flex_attention`.
     - `pack_linears` (`bool`, *optional*): whether to decode on copies of the weights in oneDNN's layout, for models on
       a CPU. Automatic: where there is memory for them and enough tokens to gain from it.
+    - `static_shapes` (`bool`, *optional*): whether decode steps are filled up to one of a few sizes, so that what is
+      compiled or tuned for a shape serves every step. Automatic: on a GPU.
 
     `max_new_tokens` counts every token made, in all branches, forced ones included. Tags that would break the
     structure where they stand are never sampled. With `return_dict_in_generate=True` the result is a
@@ -198,6 +201,7 @@ class MultiverseGenerationMixin(GenerationMixin):
             options = EngineOptions(
                 implementation=resolve_decode_attention(generation_config.decode_attention, own, self.device),
                 width=generation_config.max_paths if generation_config.parallel else 1,
+                static_shapes=fills_steps(generation_config.static_shapes, self.device),
             )
             try:
                 engine = Engine(self, requests, sampling, criteria, options, streamer)

@@ -3,7 +3,8 @@
 All new tokens stand in one flat row, so every linear layer runs once per step; attention runs request by request over
 the request's region of the cache. Forks and merges change the table of visible slots and never a slot.
 
-Shapes: T new tokens, n of them of one request, S slots in use of that request afterwards.
+Shapes: T new tokens, n of them of one request, S slots in use of that request afterwards, F tokens of the flat row,
+which is T or, with static shapes, the next size that steps are filled up to.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,16 @@ from .visibility import VisibleSlots
 
 #: Prompts are run together up to this many tokens: enough to keep a device busy, few enough for its memory.
 PREFILL_TOKENS = 4096
+
+#: With static shapes, steps of more tokens than this are filled up to a multiple of it, others to a power of two.
+_LARGE_STEP = 64
+
+
+def filled_up(tokens: int) -> int:
+    """The length of the flat row that a decode step of `tokens` runs in under static shapes."""
+    if tokens > _LARGE_STEP:
+        return -(-tokens // _LARGE_STEP) * _LARGE_STEP
+    return 1 << (tokens - 1).bit_length()
 
 
 @dataclass
@@ -62,14 +73,22 @@ class ModelStep:
         requests (`Sequence[Request]`): the requests of the call.
         headroom (`int`): slots to reserve at first per request, beyond its prompt.
         implementation (`str`): `"folded"`, `"path_decode"`, or an attention implementation of the model itself.
+        static_shapes (`bool`): whether the flat row of a decode step is filled up to one of a few lengths. What it is
+            filled with is written to no slot, attends to nothing and is seen by nothing.
     """
 
     def __init__(
-        self, model: PreTrainedModel, requests: Sequence[Request], headroom: int, implementation: str
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[Request],
+        headroom: int,
+        implementation: str,
+        static_shapes: bool = False,
     ) -> None:
         self.model = model
         self.requests = requests
         self.implementation = implementation
+        self.static_shapes = static_shapes
         capacities = [len(request.prompt) + headroom for request in requests]
         self.cache = PathCache(model.config.num_hidden_layers, capacities)
         self.bits = SlotBits(self.cache, model.device) if implementation == "path_decode" else None
@@ -119,10 +138,11 @@ class ModelStep:
         """
         self._reserve([(number, sum(len(branch.pending) for branch in branches)) for number, branches in plan])
         new = [self._branches(number, branches) for number, branches in plan]
+        row = filled_up(sum(len(each.ids) for each in new)) if self.static_shapes else 0
         if self.bits is None:
-            return self._forward(new)
+            return self._forward(new, row=row)
         self.bits.flush()
-        return self._forward(new, DecodePlan.build([_queries(each) for each in new], self.bits.words))
+        return self._forward(new, DecodePlan.build([_queries(each) for each in new], self.bits.words), row)
 
     def _reserve(self, new: list[tuple[int, int]]) -> None:
         """Gives slots to `(request, tokens)` pairs, in the order of the flat row."""
@@ -247,8 +267,11 @@ class ModelStep:
             queries.append(RequestQueries(range(count), [end] * count, range(region.start, end)))
         return DecodePlan.build(queries, bits.to(self.model.device))
 
-    def _forward(self, new: list[NewTokens], decode: DecodePlan | None = None) -> torch.Tensor:
-        """Runs new tokens that have their slots; logits of those to keep, `(kept, vocabulary)`."""
+    def _forward(self, new: list[NewTokens], decode: DecodePlan | None = None, row: int = 0) -> torch.Tensor:
+        """Runs new tokens that have their slots, in a flat row of at least `row`; logits, `(kept, vocabulary)`.
+
+        With `row`, logits are computed for as many columns as there are, so that they have a static shape as well.
+        """
         device = self.model.device
         segments, keep, first = [], [], 0
         for each in new:
@@ -260,17 +283,18 @@ class ModelStep:
             keep += [first + place for place in each.keep]
             first = end
             self.requests[each.request].kv_slots = region.length
+        filling = [0] * max(0, row - first)
         outputs = self.model(
-            input_ids=on_device([[token for each in new for token in each.ids]], device),
+            input_ids=on_device([[token for each in new for token in each.ids] + filling], device),
             attention_mask=self._prepared,
-            position_ids=on_device([[position for each in new for position in each.positions]], device),
+            position_ids=on_device([[place for each in new for place in each.positions] + filling], device),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=on_device(keep, device),
+            logits_to_keep=on_device(keep + [0] * max(0, row - len(keep)), device),
             return_dict=True,
             path_plan=StepPlan(segments, self.implementation, decode),
         )
-        return outputs.logits[0]
+        return outputs.logits[0, : len(keep)]
 
     def _mask(self, new: NewTokens, slots: int) -> object:
         """What the tokens see in the form that the implementation wants."""

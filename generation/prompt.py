@@ -37,7 +37,7 @@ def adopt_prompt(request: "Request") -> None:
         paths = []
         for label, path in zip(labels, block.paths, strict=True):
             paths.append(Branch(path.branch, branch, label, path, visible=visible[path.branch]))
-            paths[-1].status, paths[-1].finish_reason = BranchStatus.FINISHED, "closed"
+            paths[-1].status, paths[-1].finish_reason = BranchStatus.FINISHED, "prompt"
         waiting.append((branch, block, paths))
         # A path after the conclusion takes the block back to where its conclusion is still to come.
         branch.grammar.stack[-1].conclusions = 0
@@ -68,7 +68,7 @@ def adopt_prompt(request: "Request") -> None:
             assert branch.path is not None
             branch.grammar.stack.clear()
             request.count_open_tags(branch)
-            request.finish_path(branch, "closed", branch.path.last_position, separator=last_tag == "</Path>")
+            request.finish_path(branch, "prompt", branch.path.last_position, separator=last_tag == "</Path>")
     elif innermost.conclusion is None and not innermost.paths:
         if innermost.goal_close is None:
             innermost.outlines = [kept[start] for start in innermost.outlines]

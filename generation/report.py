@@ -18,8 +18,8 @@ class BranchReport:
     Attributes:
         label (`str`): `1`, `2.1`, ...; empty for the root.
         tokens (`int`): generated tokens that the branch holds itself.
-        finish_reason (`str`, *optional*): why a path ended: `"closed"` by the model, `"eos"`, `"max_path_tokens"`;
-            `None` for the root and for what was cut off.
+        finish_reason (`str`, *optional*): why a path ended: `"closed"` by the model, `"eos"`, `"max_path_tokens"`,
+            `"prompt"` where the prompt has closed it; `None` for the root and for what was cut off.
         first_step (`int`, *optional*): sequential step at which its first token was made; `None` without tokens.
         last_step (`int`, *optional*): and its last.
     """
@@ -39,7 +39,7 @@ class PathReport:
         label (`str`): its own label where it has one, else its number.
         branch (`int`): branch id of its tokens.
         start, end (`int`): its tokens, counted from the row's first real one; `end` is exclusive.
-        finish_reason (`str`, *optional*): why it ended, see `BranchReport`; `"prompt"` where the prompt has closed it.
+        finish_reason (`str`, *optional*): why it ended, see `BranchReport`.
         first_step, last_step (`int`, *optional*): sequential steps that made the first and last token of its own.
         blocks (`list[BlockReport]`): blocks inside it, in order.
     """
@@ -176,9 +176,6 @@ class _TreeReader:
                 own = _report(branch)
                 report.label, report.finish_reason = branch.label, own.finish_reason
                 report.first_step, report.last_step = own.first_step, own.last_step
-            closed = path.end if path.close is None else path.close
-            if closed is not None and closed < len(self.request.prompt):
-                report.finish_reason = "prompt"
             reports.append(report)
         return reports
 

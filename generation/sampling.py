@@ -115,7 +115,8 @@ class Sampler:
         """
         options = self.options
         raw = logits.float()
-        scores = raw.clone() if options.keep_logits or options.keep_logprobs else raw
+        logprobs = raw.log_softmax(dim=-1) if options.keep_logprobs else None
+        scores = raw.clone() if options.keep_logits else raw
         # Before the processors, which choose among what is left, and after them: some set scores instead of changing
         # them, and would let a banned token in again.
         banned = self._banned(branches, scores.device)
@@ -133,22 +134,19 @@ class Sampler:
             points = on_device(draws, scores.device, torch.float64)[:, None]
             chosen = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
             chosen = chosen.clamp_(max=scores.shape[-1] - 1)
-        logprobs = None
         columns = [chosen.double(), best.values.double()]
-        if options.keep_logprobs:
-            columns.append(raw.gather(1, chosen[:, None])[:, 0].double() - raw.logsumexp(dim=-1).double())
+        if logprobs is not None:
+            columns.append(logprobs.gather(1, chosen[:, None])[:, 0].double())
         # The one place where the host waits for the device.
         read = torch.stack(columns).tolist()
         token_ids, maxima = [int(token) for token in read[0]], read[1]
-        if options.keep_logprobs:
-            logprobs = read[2]
         self._check(branches, maxima)
         return [
             Choice(
                 token,
                 raw[row] if options.keep_logits else None,
                 scores[row] if options.keep_scores else None,
-                logprobs[row] if logprobs is not None else None,
+                read[2][row] if logprobs is not None else None,
             )
             for row, token in enumerate(token_ids)
         ]

@@ -5,8 +5,13 @@ A key is then read once for all of them, and never repeated for the heads that s
 Shapes: HQ query heads, HKV key-value heads, G = HQ // HKV, n new tokens of one request, S slots, D head dim.
 """
 
+import math
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+#: Rows times slots from which on it pays to hand every thread the same share of them.
+_WORTH_SHARING = 12_288
 
 
 def folded_attention(
@@ -37,9 +42,24 @@ def folded_attention(
             query, key, value, is_causal=tokens > 1, scale=scale, enable_gqa=heads != kv_heads
         )
         return output.transpose(1, 2)
-    rows = query.reshape(1, kv_heads, heads // kv_heads * tokens, dim)
-    output = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    rows = heads // kv_heads * tokens
+    shares = _shares(kv_heads, rows, key.shape[2])
+    output = scaled_dot_product_attention(
+        query.reshape(kv_heads, shares, rows // shares, dim),
+        key.transpose(0, 1).expand(-1, shares, -1, -1),
+        value.transpose(0, 1).expand(-1, shares, -1, -1),
+        attn_mask=None if mask is None else mask.view(1, shares, rows // shares, -1),
+        scale=scale,
+    )
     return output.view(1, heads, tokens, dim).transpose(1, 2)
+
+
+def _shares(kv_heads: int, rows: int, slots: int) -> int:
+    """Shares of the rows that leave no thread idle: torch gives each thread whole heads."""
+    if rows * slots < _WORTH_SHARING:
+        return 1
+    shares = math.lcm(kv_heads, torch.get_num_threads()) // kv_heads
+    return shares if rows % shares == 0 else 1
 
 
 def fold_mask(visible: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,7 +1,11 @@
 """Lets pytest explain a failed assertion in the support modules as it does in the test files, and chooses how Triton
-kernels run."""
+kernels and torch run."""
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read when torch is imported: workers that each use all cores wait for one another most of the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -3,7 +3,7 @@
 Shapes: B batch rows, Q new tokens, S slots (cached and new tokens), R branches.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -157,6 +157,23 @@ def structured_inputs(
     Returns:
         The mask for the backbone and `position_ids` of shape `(B, Q)`. Padding gets position 0 and is never seen.
     """
+    positions = read_tokens(
+        config.multiverse_token_ids, state, input_ids, attention_mask, position_ids, document_starts
+    )
+    mask = branch_causal_mask(config, state, input_ids, attention_mask, past_key_values, dtype)
+    return mask, positions.to(input_ids.device)
+
+
+def read_tokens(
+    token_ids: Mapping[str, int],
+    state: CachedStructure,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    document_starts: torch.Tensor | None,
+) -> torch.Tensor:
+    """Reads the new tokens into `state` and returns their positions, on the CPU. Arguments as in `structured_inputs`,
+    with `token_ids` the id of every tag."""
     batch_size, new = input_ids.shape
     device = input_ids.device
     real = torch.ones(batch_size, new, dtype=torch.bool)
@@ -181,12 +198,11 @@ def structured_inputs(
     assert state.machines is not None
     for row, machine in enumerate(state.machines):
         before = machine.length
-        read_sequence(ids[row][real[row]], config.multiverse_token_ids, starts[row], machine)
+        read_sequence(ids[row][real[row]], token_ids, starts[row], machine)
         branches[row, real[row]], positions[row, real[row]] = expand_runs(machine, before)
     state.slot_branches.append(branches.to(device))
     state.length += new
-    mask = branch_causal_mask(config, state, input_ids, attention_mask, past_key_values, dtype)
-    return mask, positions.to(device)
+    return positions
 
 
 def branch_causal_mask(
@@ -213,19 +229,42 @@ def branch_causal_mask(
             f"`past_key_values` has room for {slots} slots beyond those in use, which {config._attn_implementation!r} "
             "cannot leave out. Pass a `DynamicCache`, or use `attn_implementation='sdpa'`."
         )
-    branches = torch.nn.functional.pad(branches, (0, spare), value=-1).clamp(min=0)
-    tables = [compatible_branches(machine) for machine in state.machines]
+    branches = torch.nn.functional.pad(branches, (0, spare), value=-1)
+    compatible = branch_tables(state.machines).to(device)
+    return dense_causal_mask(config, branches, compatible, input_ids, attention_mask, past_key_values, dtype)
+
+
+def branch_tables(machines: Sequence[StructureMachine]) -> torch.Tensor:
+    """Which branches of each row may see each other, bool of shape `(B, R, R)`; False beyond those that it has."""
+    tables = [compatible_branches(machine) for machine in machines]
     count = max(table.shape[0] for table in tables)
-    compatible = torch.stack([torch.nn.functional.pad(t, (0, count - t.shape[0]) * 2) for t in tables]).to(device)
+    return torch.stack([torch.nn.functional.pad(table, (0, count - table.shape[0]) * 2) for table in tables])
+
+
+def dense_causal_mask(
+    config,
+    branches: torch.Tensor,
+    compatible: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    dtype: torch.dtype,
+) -> object:
+    """The causal mask by transformers' own function, with incompatible branches taken out.
+
+    Args:
+        branches (`torch.LongTensor` of shape `(B, S)`): branch of every slot, -1 for padding.
+        compatible (`torch.BoolTensor` of shape `(B, R, R)`): branch table of every row.
+    """
     return create_causal_mask(
         config=config,
         # Only batch size, length, dtype and device are read off this argument.
-        inputs_embeds=torch.empty((*input_ids.shape, 0), dtype=dtype, device=device),
+        inputs_embeds=torch.empty((*input_ids.shape, 0), dtype=dtype, device=input_ids.device),
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         # With positions, transformers would take every reset for the start of a packed document.
         position_ids=None,
-        and_mask_function=compatible_mask_function(branches, compatible),
+        and_mask_function=compatible_mask_function(branches.clamp(min=0), compatible),
     )
 
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_multiverse import (
     MultiverseConfig,
@@ -36,7 +37,15 @@ from .configuration_multiverse import (
     MultiverseQwen2Config,
     MultiverseQwen3Config,
 )
-from .masking_multiverse import CachedStructure, explicit_mask, has_block, structured_inputs, untagged_path_mask
+from .masking_multiverse import (
+    CachedStructure,
+    explicit_mask,
+    has_block,
+    read_tokens,
+    structured_inputs,
+    untagged_path_mask,
+)
+from .prepared_layout import PreparedLayout
 
 
 class MultiverseModelMixin:
@@ -45,6 +54,7 @@ class MultiverseModelMixin:
     - A batch without a block runs the parent's forward untouched: same cost, same numbers.
     - With a block, mask and positions follow LAYOUT.md, for padded, packed and cached input.
     - A 4D `attention_mask` takes precedence: the caller then gives `position_ids` too.
+    - A `PreparedLayout` in the keyword arguments stands for the tags, which are then not read.
     """
 
     def forward(
@@ -58,6 +68,10 @@ class MultiverseModelMixin:
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         state = None
+        layout = PreparedLayout.taken_from(kwargs)
+        if layout is not None:
+            layout.check(self.config, input_ids, attention_mask, past_key_values)
+        given = (attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         takes_path_mask = self.config._attn_implementation in PATH_MASK_ATTENTION and "path_plan" not in kwargs
         if takes_path_mask and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() != 2:
             raise ValueError(
@@ -72,12 +86,14 @@ class MultiverseModelMixin:
         if input_ids is not None and self.config.multiverse_token_ids and "path_plan" not in kwargs:
             state = CachedStructure.of(past_key_values)
             attention_mask, position_ids = self._apply_structure(
-                state, input_ids, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q")
+                state, input_ids, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"), layout
             )
         if takes_path_mask:
             self._refuse_sliding_windows()
             path_mask = attention_mask
-            if not isinstance(path_mask, PathMask):
+            if not isinstance(path_mask, PathMask) and layout is not None:
+                path_mask = layout.path_mask()
+            elif not isinstance(path_mask, PathMask):
                 path_mask = self._untagged_path_mask(
                     input_ids if inputs_embeds is None else inputs_embeds,
                     attention_mask,
@@ -100,9 +116,12 @@ class MultiverseModelMixin:
         if state is not None:
             # A cache that the parent made itself is found in its output (a tuple under `return_dict=False`).
             candidates = outputs if isinstance(outputs, tuple) else outputs.values()
-            for cache in (past_key_values, *candidates):
-                if isinstance(cache, Cache):
-                    setattr(cache, CachedStructure.ATTRIBUTE, state)
+            caches = [each for each in (past_key_values, *candidates) if isinstance(each, Cache)]
+            if caches and layout is not None and layout.tagged:
+                # Who goes on from a cache needs more of the structure than the layout holds.
+                read_tokens(self.config.multiverse_token_ids, state, input_ids, *given)
+            for cache in caches:
+                setattr(cache, CachedStructure.ATTRIBUTE, state)
         return outputs
 
     def _refuse_sliding_windows(self) -> None:
@@ -145,9 +164,13 @@ class MultiverseModelMixin:
         position_ids: torch.LongTensor | None,
         past_key_values: Cache | None,
         cumulative_lengths: torch.Tensor | None,
+        layout: PreparedLayout | None,
     ) -> tuple[Any, torch.LongTensor | None]:
         """Returns the mask and positions for the parent's forward and records the new tokens in `state`."""
-        tagged = state.machines is not None or has_block(input_ids, self.config.multiverse_token_ids)
+        if layout is not None:
+            tagged = layout.tagged
+        else:
+            tagged = state.machines is not None or has_block(input_ids, self.config.multiverse_token_ids)
         rank = attention_mask.dim() if isinstance(attention_mask, torch.Tensor) else 4
         if attention_mask is not None and rank != 2:
             if rank != 4:
@@ -178,6 +201,9 @@ class MultiverseModelMixin:
         if self.config._attn_implementation not in SUPPORTED_ATTENTION:
             raise ValueError(unsupported_attention_message(self.config._attn_implementation))
         self._refuse_sliding_windows()
+        if layout is not None:
+            mask = layout.attention_mask(self.config, input_ids, attention_mask, past_key_values, self.dtype)
+            return mask, layout.position_ids
         return structured_inputs(
             self.config,
             state,
@@ -349,3 +375,5 @@ def register_auto_classes() -> None:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, backbone_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+        # The Trainer's label smoothing looks here whether a model's labels are to be shifted, and nowhere else.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__

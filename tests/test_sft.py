@@ -5,59 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from multiverse import BranchLayout, MultiverseForCausalLM, add_multiverse_tokens
+from multiverse import BranchLayout
 from multiverse.forced import HeaderTokens, forced_token_mask
 from multiverse.trainer.labels import IGNORE_INDEX, mask_forced_labels
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
 from multiverse.trainer.sft import MultiverseScriptArguments, load_model_and_tokenizer, main
-from multiverse.trainer.synthetic import ProblemOptions, generate_problems
 from peft import LoraConfig, PeftModel
 from tiny import tiny_config, tiny_tokenizer
+from training import fresh, sft_config, short_samples
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
-
-SHORT = ProblemOptions(paths=(2, 3), terms=(2, 3), nested=0.5)
 
 
 @pytest.fixture
 def samples() -> Dataset:
-    """Four short problems, at least one of them nested."""
-    problems = generate_problems(4, seed=1, options=SHORT)
-    assert any(each.parts for problem in problems for each in problem.sums)
-    return Dataset.from_list([problem.messages("parallel") for problem in problems])
-
-
-def fresh(architecture: str = "llama", tied: bool = True, scale: float = 0.05):
-    """A tiny model with its tags and tokenizer."""
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    # By default weights of the size that trained models have: float32 rounding is of theirs, too.
-    config = tiny_config(architecture, len(tokenizer), tie_word_embeddings=tied, initializer_range=scale)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = MultiverseForCausalLM(config)
-    add_multiverse_tokens(model, tokenizer)
-    return model, tokenizer
-
-
-def sft_config(folder: Path, **options) -> SFTConfig:
-    """Options of a short run on the CPU."""
-    return SFTConfig(
-        output_dir=str(folder),
-        **{
-            "use_cpu": True,
-            "bf16": False,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "max_steps": 2,
-            "learning_rate": 1e-2,
-            "gradient_checkpointing": False,
-            "per_device_train_batch_size": 4,
-            "max_length": 4096,
-            "disable_tqdm": True,
-            **options,
-        },
-    )
+    return short_samples()
 
 
 def batch_loss(model, tokenizer, dataset: Dataset, folder: Path, **options) -> float:

@@ -70,5 +70,40 @@ def kernels(
         raise typer.Exit(1)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing; print what a rank needs in memory. No weights are loaded.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --plan: as JSON.")] = False,
+    ranks: Annotated[int | None, typer.Option(help="With --plan: processes; 1 by default.")] = None,
+    sharding: Annotated[str | None, typer.Option(help="With --plan: none, ddp, zero1, zero2, zero3 or fsdp2.")] = None,
+    accelerate_config: Annotated[
+        str | None,
+        typer.Option("--accelerate_config", help="With --plan: both from a file for `accelerate launch`."),
+    ] = None,
+) -> None:
+    """Fine-tune with TRL's SFTTrainer: takes every option of `python -m multiverse.trainer.sft`, `--config` too.
+
+    On several GPUs: `accelerate launch --config_file ... -m multiverse train --config ...`. All other options:
+    `multiverse train -- --help`.
+    """
+    try:
+        # Here, so that the other commands need not wait for TRL, nor have it.
+        from multiverse.trainer import train_command
+    except ImportError as error:
+        sys.exit(f"Training needs more packages ({error}): pip install 'multiverse-transformers[cli,train]'")
+    if not plan:
+        if json or ranks is not None or sharding is not None or accelerate_config is not None:
+            raise typer.BadParameter("--json, --ranks, --sharding and --accelerate_config go with --plan.")
+        train_command.run(context.args)
+        return
+    try:
+        train_command.plan(context.args, ranks, sharding, accelerate_config, json)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 if __name__ == "__main__":
     app()

@@ -18,16 +18,16 @@ python -m multiverse.trainer.sft --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import DatasetDict
 from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+from multiverse.trainer.curriculum import install_curriculum
 from multiverse.trainer.labels import mask_forced_labels
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
-from multiverse.trainer.synthetic import ProblemOptions, train_and_test
+from multiverse.trainer.training_data import DataArguments, check_data_arguments, load_data
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from trl import (
     ModelConfig,
-    ScriptArguments,
     SFTConfig,
     SFTTrainer,
     TrlParser,
@@ -37,26 +37,9 @@ from trl import (
 
 
 @dataclass
-class MultiverseScriptArguments(ScriptArguments):
+class MultiverseScriptArguments(DataArguments):
     """TRL's script arguments and what a Multiverse run adds to them."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or local path of the dataset."})
-    synthetic_samples: int = field(
-        default=0, metadata={"help": "Train on this many generated problems instead of a dataset."}
-    )
-    synthetic_form: str = field(
-        default="parallel", metadata={"help": "Form of the generated answers.", "choices": ["parallel", "sequential"]}
-    )
-    synthetic_terms: list[int] = field(
-        default_factory=lambda: [3, 11], metadata={"help": "Fewest and most terms of a chain in training problems."}
-    )
-    synthetic_repeats: bool = field(
-        default=False, metadata={"help": "Whether a step may come twice in a chain of a training problem."}
-    )
-    synthetic_largest: int = field(default=20, metadata={"help": "Largest running total of a training chain."})
-    synthetic_test_samples: int = field(
-        default=256, metadata={"help": "Held-out problems; no training problem is one of them."}
-    )
     adapter_path: str | None = field(
         default=None, metadata={"help": "Go on training this LoRA adapter instead of a new one."}
     )
@@ -79,35 +62,6 @@ def load_model_and_tokenizer(
     tokenizer = AutoTokenizer.from_pretrained(path, **shared)
     add_multiverse_tokens(model, tokenizer)
     return model, tokenizer
-
-
-def load_data(arguments: MultiverseScriptArguments, seed: int) -> DatasetDict:
-    """The dataset of the run, with its train and test splits.
-
-    Raises:
-        ValueError: unless exactly one of `dataset_name` and `synthetic_samples` is given.
-    """
-    if (arguments.dataset_name is None) == (arguments.synthetic_samples <= 0):
-        raise ValueError(
-            f"Give either `dataset_name` (got {arguments.dataset_name!r}) or a positive `synthetic_samples` (got "
-            f"{arguments.synthetic_samples})."
-        )
-    if arguments.dataset_name is not None:
-        loaded = load_dataset(arguments.dataset_name, name=arguments.dataset_config)
-        return loaded if isinstance(loaded, DatasetDict) else DatasetDict({arguments.dataset_train_split: loaded})
-    options = ProblemOptions(
-        terms=tuple(arguments.synthetic_terms),
-        repeats=arguments.synthetic_repeats,
-        largest=arguments.synthetic_largest,
-    )
-    splits = train_and_test(arguments.synthetic_samples, arguments.synthetic_test_samples, seed, options)
-    names = (arguments.dataset_train_split, arguments.dataset_test_split)
-    return DatasetDict(
-        {
-            name: Dataset.from_list([problem.messages(arguments.synthetic_form) for problem in problems])
-            for name, problems in zip(names, splits, strict=True)
-        }
-    )
 
 
 def build_trainer(
@@ -141,12 +95,19 @@ def build_trainer(
         trainer.train_dataset = mask_forced_labels(trainer.train_dataset, model.config, config.dataset_num_proc)
         if evaluated:
             trainer.eval_dataset = mask_forced_labels(trainer.eval_dataset, model.config, config.dataset_num_proc)
+    if script.curriculum:
+        install_curriculum(
+            trainer,
+            script.curriculum_shares or "linear",
+            epochs=script.curriculum_epochs,
+            unpaired="raise" if script.malformed == "raise" else "drop",
+        )
     return trainer
 
 
 def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: ModelConfig) -> SFTTrainer:
     """Trains and saves; the checkpoint reloads with `MultiverseForCausalLM.from_pretrained` (or PEFT, for LoRA)."""
-    dataset = load_data(script, config.seed)
+    check_data_arguments(script)
     arguments = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,
@@ -156,6 +117,7 @@ def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: Mod
     model, tokenizer = load_model_and_tokenizer(
         str(model_config.model_name_or_path), **{name: value for name, value in arguments.items() if value is not None}
     )
+    dataset = load_data(script, config.seed, tokenizer, config.dataset_num_proc)
     trainer = build_trainer(model, tokenizer, dataset, script, config, model_config)
     resume = config.resume_from_checkpoint
     # On the command line it is a string: "true" stands for the newest checkpoint in `output_dir`.

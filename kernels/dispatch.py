@@ -126,6 +126,10 @@ def _forward(implementation: str) -> Any:
                 f"`config.attention_dropout` is {dropout}, which {implementation!r} does not have. Set it to 0, or "
                 "use `attn_implementation='sdpa'`."
             )
+        if torch.is_autocast_enabled(query.device.type):
+            # Rotary embeddings are worked out in float32, so queries and keys come wider than values.
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (each.to(dtype) for each in (query, key, value))
         return run_path_attention(implementation, query, key, value, path_mask, scaling).transpose(1, 2), None
 
     return attention_forward

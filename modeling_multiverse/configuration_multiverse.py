@@ -1,6 +1,8 @@
 """`MultiverseConfig`: a Qwen2, Qwen3 or Llama configuration that also names the control tags."""
 
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
@@ -31,6 +33,9 @@ class MultiverseConfig(PreTrainedConfig):
     multiverse_token_ids: dict[str, int] | None = None
     multiverse_separator_ids: list[int] | None = None
     multiverse_label_ids: dict[str, int] | None = None
+
+    # No field: TRL reads it off every configuration, and transformers looks into it where there is one.
+    auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @classmethod
     def from_base(cls, config: PreTrainedConfig) -> "MultiverseConfig":

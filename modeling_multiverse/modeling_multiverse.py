@@ -7,6 +7,7 @@ Structure is built in the backbone rather than in `MultiverseForCausalLM.forward
 backbone by itself and would walk past anything the causal-LM class adds.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class MultiverseModelMixin:
             )
         # A step of the engine brings its own structure.
         if input_ids is not None and self.config.multiverse_token_ids and "path_plan" not in kwargs:
+            _refuse_split_sequences()
             state = CachedStructure.of(past_key_values)
             attention_mask, position_ids = self._apply_structure(
                 state, input_ids, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"), layout
@@ -259,8 +261,10 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
         """As `PreTrainedModel.from_pretrained`, for plain and Multiverse checkpoints alike.
 
         Raises:
-            ValueError: if the checkpoint's architecture has no Multiverse class.
+            ValueError: if the checkpoint's architecture has no Multiverse class, or `distributed_config` asks for
+                pipeline stages.
         """
+        _refuse_pipeline_stages(kwargs.get("distributed_config"))
         config = kwargs.pop("config", None)
         if not isinstance(config, PreTrainedConfig):
             passed = {name: kwargs[name] for name in _CONFIG_ARGUMENTS if name in kwargs}
@@ -349,6 +353,29 @@ ARCHITECTURES: tuple[tuple[type[MultiverseConfig], type, type[MultiverseForCausa
     (MultiverseQwen3Config, MultiverseQwen3Model, MultiverseQwen3ForCausalLM),
     (MultiverseLlamaConfig, MultiverseLlamaModel, MultiverseLlamaForCausalLM),
 )
+
+
+def _refuse_split_sequences() -> None:
+    """accelerate's context and sequence parallelism hand every rank a piece of the text, and drop the mask."""
+    # A piece may hold paths and not the `<Parallel>` before them, so tags cannot decide. accelerate is optional: where
+    # nobody has imported it, nothing is split.
+    state = sys.modules.get("accelerate.state")
+    parallelism = None if state is None else state.AcceleratorState._shared_state.get("parallelism_config")
+    for name in ("cp_size", "sp_size"):
+        if parallelism is not None and getattr(parallelism, name) > 1:
+            raise ValueError(
+                f"`parallelism_config.{name}` is {getattr(parallelism, name)}: it splits sequences over ranks and "
+                "drops the attention mask, so that the paths of a block would see each other. Set it to 1."
+            )
+
+
+def _refuse_pipeline_stages(distributed: Any) -> None:
+    stages = distributed.get("pp_size") if isinstance(distributed, dict) else getattr(distributed, "pp_size", None)
+    if (stages or 1) > 1:
+        raise ValueError(
+            f"`distributed_config.pp_size` is {stages}, but later stages are not given the token ids that hold the "
+            "structure. Use `tp_size` or `fsdp_size`."
+        )
 
 
 def _model_class(config: MultiverseConfig) -> type[MultiverseForCausalLM]:

@@ -1,5 +1,8 @@
 """Gives a model and its tokenizer the twelve tags."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,7 +37,7 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         raise ValueError(f"`model` ({type(model).__name__}) has no input embeddings to grow. Pass a causal LM.")
     known = tokenizer.get_vocab()
     missing = [tag for tag in TAGS if tag not in known]
-    rows_before = len(_token_matrices(model)[0])
+    rows_before = _rows(_token_matrices(model)[0])
     # Read before the tags exist: afterwards "Path" could be split differently around them.
     pieces = {tag: _word_ids(tokenizer, tag) for tag in TAGS}
     if missing:
@@ -46,10 +49,11 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
             raise ValueError(f"`tokenizer` does not encode {tag} as one token. Use a tokenizer with added tokens.")
 
     rows = max(token_ids.values()) + 1
-    if rows > len(_token_matrices(model)[0]):
+    if rows > _rows(_token_matrices(model)[0]):
         model.resize_token_embeddings(rows, mean_resizing=False)
-    with torch.no_grad():
-        for weight in _token_matrices(model):
+    matrices = _token_matrices(model)
+    with torch.no_grad(), _whole(matrices):
+        for weight in matrices:
             # Also tags that the tokenizer knows from another model and this one has only now grown rows for.
             for tag in TAGS:
                 if tag in missing or token_ids[tag] >= rows_before:
@@ -72,6 +76,24 @@ def _token_matrices(model: PreTrainedModel) -> list[torch.Tensor]:
     matrices: list[torch.Tensor] = [inputs]
     head = model.get_output_embeddings()
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
-    if weight is not None and weight.data_ptr() != inputs.data_ptr():
+    if weight is not None and weight is not inputs:
         matrices += [weight] if bias is None else [weight, bias]
     return matrices
+
+
+def _rows(weight: torch.Tensor) -> int:
+    """Rows of a matrix; DeepSpeed's ZeRO-3 leaves an empty tensor in the place of what it has sharded."""
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+@contextmanager
+def _whole(weights: list[torch.Tensor]) -> Iterator[None]:
+    """Gathers what ZeRO-3 has sharded, and shares out again what is written meanwhile."""
+    sharded = [weight for weight in weights if hasattr(weight, "ds_shape")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+        yield

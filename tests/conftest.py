@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 pytest.register_assert_rewrite(
-    "decode_cases", "decoding", "forward", "kernel_cases", "scripted_requests", "tiny", "turns"
+    "batches", "decode_cases", "decoding", "forward", "kernel_cases", "scripted_requests", "tiny", "training", "turns"
 )
 
 # Triton reads it when a kernel is decorated, so it must stand before anything imports one. Without a GPU the kernels

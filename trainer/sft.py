@@ -2,7 +2,8 @@
 
 Every option of `SFTConfig`, `ModelConfig` and `ScriptArguments` works as in TRL's own script, a YAML file can hold
 them (`--config`), and `accelerate launch` or `torchrun` starts it on many devices. What is added: the tags, the tag
-rows of LoRA, and the masking of forced tokens.
+rows of LoRA, the masking of forced tokens, formatting and the curriculum, and a run that can be watched and stopped.
+A command that was interrupted goes on from its last checkpoint when it is run again.
 
 ```bash
 # LoRA on the project's synthetic problems
@@ -20,9 +21,16 @@ from typing import Any
 
 from datasets import DatasetDict
 from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+from multiverse.trainer.callbacks import HeldOutAnswers, StopOnNonFinite
+from multiverse.trainer.checks import check_trainer
+from multiverse.trainer.collator import add_layouts
 from multiverse.trainer.curriculum import install_curriculum
 from multiverse.trainer.labels import mask_forced_labels
+from multiverse.trainer.metrics import watch
+from multiverse.trainer.parallelism import check_parallelism, gather_trained_head, save_consolidated
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
+from multiverse.trainer.recovery import train_resumably
+from multiverse.trainer.synthetic import read_answer
 from multiverse.trainer.training_data import DataArguments, check_data_arguments, load_data
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
@@ -46,6 +54,19 @@ class MultiverseScriptArguments(DataArguments):
     mask_forced_tokens: bool = field(
         default=True, metadata={"help": "Leave the tokens that the decoder forces out of the loss."}
     )
+    prepare_layouts: bool = field(
+        default=False, metadata={"help": "Read the tags where batches are made (see dataloader_num_workers)."}
+    )
+    auto_resume: bool = field(
+        default=True, metadata={"help": "Go on from the newest complete checkpoint in output_dir, if there is one."}
+    )
+    answer_samples: int = field(
+        default=0, metadata={"help": "Held-out prompts that the model answers while it is trained."}
+    )
+    answer_steps: int = field(
+        default=0, metadata={"help": "Steps from one round of answers to the next; 0: at every evaluation."}
+    )
+    answer_tokens: int = field(default=1024, metadata={"help": "Longest of these answers, in tokens of all branches."})
 
 
 def load_model_and_tokenizer(
@@ -73,7 +94,11 @@ def build_trainer(
     model_config: ModelConfig,
     callbacks: list[TrainerCallback] | None = None,
 ) -> SFTTrainer:
-    """A stock `SFTTrainer` for `model`, ready to train."""
+    """A stock `SFTTrainer` for `model`, ready to train.
+
+    Raises:
+        ValueError: for parallelism, packing and answers that a model with branches cannot be trained with.
+    """
     peft_config = get_peft_config(model_config) if script.adapter_path is None else None
     if peft_config is not None:
         add_tag_rows(peft_config, model)
@@ -91,6 +116,9 @@ def build_trainer(
         callbacks=callbacks,
     )
     give_wrapped_head_its_bias(model)
+    check_parallelism(trainer.accelerator)
+    check_trainer(trainer)
+    gather_trained_head(trainer)
     if script.mask_forced_tokens:
         trainer.train_dataset = mask_forced_labels(trainer.train_dataset, model.config, config.dataset_num_proc)
         if evaluated:
@@ -102,11 +130,38 @@ def build_trainer(
             epochs=script.curriculum_epochs,
             unpaired="raise" if script.malformed == "raise" else "drop",
         )
+    if script.prepare_layouts:
+        add_layouts(trainer)
+    watch(trainer)
+    trainer.add_callback(StopOnNonFinite(trainer))
+    if script.answer_samples > 0:
+        trainer.add_callback(_answers(trainer, dataset, script))
     return trainer
+
+
+def _answers(trainer: SFTTrainer, dataset: DatasetDict, script: MultiverseScriptArguments) -> HeldOutAnswers:
+    split = script.dataset_test_split
+    if split not in dataset:
+        raise ValueError(
+            f"`answer_samples` is {script.answer_samples}, but the dataset has no split {split!r} to take prompts "
+            "from. Name one with `dataset_test_split`."
+        )
+    rows = dataset[split].select(range(min(script.answer_samples, len(dataset[split]))))
+
+    def same_number(text: str, row: Any) -> bool:
+        expected = read_answer(row["completion"][-1]["content"])
+        return expected is not None and read_answer(text) == expected
+
+    # Whether an answer of a user's own is right is not for us to say.
+    judge = same_number if script.synthetic_samples > 0 else None
+    return HeldOutAnswers(
+        trainer, list(rows), judge, every=script.answer_steps or None, max_new_tokens=script.answer_tokens
+    )
 
 
 def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: ModelConfig) -> SFTTrainer:
     """Trains and saves; the checkpoint reloads with `MultiverseForCausalLM.from_pretrained` (or PEFT, for LoRA)."""
+    check_parallelism(config)
     check_data_arguments(script)
     arguments = {
         "revision": model_config.model_revision,
@@ -119,10 +174,12 @@ def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: Mod
     )
     dataset = load_data(script, config.seed, tokenizer, config.dataset_num_proc)
     trainer = build_trainer(model, tokenizer, dataset, script, config, model_config)
-    resume = config.resume_from_checkpoint
+    resume: str | bool | None = config.resume_from_checkpoint
     # On the command line it is a string: "true" stands for the newest checkpoint in `output_dir`.
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
-    trainer.save_model(config.output_dir)
+    if resume is None or str(resume).lower() in ("true", "false"):
+        resume = str(resume).lower() == "true" or (resume is None and script.auto_resume)
+    train_resumably(trainer, resume)
+    save_consolidated(trainer, config.output_dir)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer

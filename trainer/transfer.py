@@ -1,0 +1,170 @@
+"""The transfer experiment: a sequential model is fine-tuned shortly, in Multiverse form, in sequential form, or both.
+
+As in the paper (arXiv 2506.09991, section 6) the start is a model that solves the problems already, one step after
+the other. Three arms go on from it over the same problems in the same order, and differ in the share of Multiverse
+forms in every epoch: all, none, or the paper's curriculum from none to all. Each command goes on where it stopped.
+
+```bash
+python -m multiverse.trainer.sft --config trainer/configs/smollm2_transfer_start.yaml
+python -m multiverse.trainer.transfer train --arm multiverse --seed 0
+python -m multiverse.trainer.transfer answer --arm multiverse --seed 0
+python -m multiverse.trainer.transfer report
+```
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+import yaml
+from multiverse.trainer.curriculum import epoch_shares
+from multiverse.trainer.held_out import answer_problems, machine, summarise
+from multiverse.trainer.recovery import find_complete_checkpoint
+from multiverse.trainer.sft import MultiverseScriptArguments, load_model_and_tokenizer, main
+from multiverse.trainer.synthetic import train_and_test
+from peft import PeftModel
+from trl import ModelConfig, SFTConfig, TrlParser
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+CONFIG = Path(__file__).resolve().parent / "configs" / "smollm2_transfer.yaml"
+RESULTS = Path(__file__).resolve().parent / "results" / "transfer"
+RUNS = Path("runs/transfer")
+
+EPOCHS = 8
+#: Share of Multiverse forms in every epoch, by arm.
+ARMS: dict[str, tuple[float, ...]] = {
+    "multiverse": (1.0,) * EPOCHS,
+    "sequential": (0.0,) * EPOCHS,
+    "curriculum": epoch_shares("linear", EPOCHS),
+}
+Arm = Literal["multiverse", "sequential", "curriculum"]
+
+#: Held-out problems, and the seed that draws them: the first 200 are those of the demo's evaluation.
+PROBLEMS, PROBLEM_SEED = 400, 1
+#: What is kept of an answer.
+_KEPT = ("problem", "right", "valid", "finish_reason", "generated_tokens", "sequential_steps")
+#: What is kept of the trainer's log.
+_LOGGED = ("step", "loss", "loss_tags", "loss_content", "learning_rate")
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@app.command()
+def train(
+    arm: Annotated[Arm, typer.Option(help="What the run sees.")],
+    seed: Annotated[int, typer.Option(help="Draws problems and order.")],
+    config: Annotated[Path, typer.Option(help="Settings that all runs share.")] = CONFIG,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
+    results: Annotated[Path, typer.Option(help="Folder of the records that are kept.")] = RESULTS,
+) -> None:
+    """Fine-tunes the start in one arm, unless that is done, and records tokens, time and losses."""
+    folder = runs / f"{arm}-{seed}"
+    record = folder / "training.json"
+    if not record.is_file():
+        arguments = ["--config", str(config), "--seed", str(seed), "--output_dir", str(folder)]
+        arguments += ["--curriculum_shares", *map(str, ARMS[arm])]
+        parser = TrlParser([MultiverseScriptArguments, SFTConfig, ModelConfig])  # type: ignore[list-item]
+        script, training, model = parser.parse_args_and_config(arguments)
+        start = Path(str(script.adapter_path)) / _WEIGHTS
+        if not start.is_file():
+            raise ValueError(
+                f"`adapter_path`: {start} does not exist. Train the start first, with "
+                "`python -m multiverse.trainer.sft --config trainer/configs/smollm2_transfer_start.yaml`."
+            )
+        with _timed(folder):
+            trainer = main(script, training, model)
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        summary = {
+            "arm": arm,
+            "seed": seed,
+            "shares": ARMS[arm],
+            "updates": trainer.state.global_step,
+            "tokens": tokens_trained(history),
+            "sessions": [json.loads(line) for line in _sessions(folder).read_text().splitlines()],
+            "start_sha256": hashlib.sha256(start.read_bytes()).hexdigest(),
+            "log": [{name: entry[name] for name in _LOGGED if name in entry} for entry in history],
+        }
+        # Written when all else is: its presence says that the run is finished.
+        record.write_text(json.dumps(summary, indent=1) + "\n")
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{folder.name}_training.json").write_text(record.read_text())
+    print(f"{folder} is trained")
+
+
+@app.command()
+def answer(
+    arm: Annotated[Literal[Arm, "start"], typer.Option(help="What the run saw; `start`: the model before.")],
+    seed: Annotated[int, typer.Option(help="Of the run; the start has none.")] = 0,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = PROBLEMS,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=16)] = 1200,
+    config: Annotated[Path, typer.Option(help="Settings that all runs share.")] = CONFIG,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
+    results: Annotated[Path, typer.Option(help="Folder of the records that are kept.")] = RESULTS,
+) -> None:
+    """Answers the held-out problems with one run, greedily and in the form that the run ended with."""
+    name = arm if arm == "start" else f"{arm}-{seed}"
+    folder = runs / name
+    finished = folder / (_WEIGHTS if arm == "start" else "training.json")
+    if not finished.is_file():
+        raise ValueError(f"`runs`: {finished} does not exist. Train {name} first.")
+
+    def load() -> Any:
+        settings = yaml.safe_load(config.read_text())
+        model, tokenizer = load_model_and_tokenizer(settings["model_name_or_path"], dtype=torch.float32)
+        return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), tokenizer
+
+    _, held_out = train_and_test(0, problems, PROBLEM_SEED)
+    form = "parallel" if arm in ARMS and ARMS[arm][-1] == 1.0 else "sequential"
+    records = answer_problems(held_out, form, folder / "answers.jsonl", load, batch_size, max_new_tokens, name)
+    kept = [{field: record[field] for field in _KEPT} for record in records]
+    results.mkdir(parents=True, exist_ok=True)
+    (results / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    print(json.dumps(summarise(records), indent=2))
+
+
+def tokens_trained(history: list[dict[str, Any]]) -> int:
+    """Tokens of a run that logs every update; TRL's count of them starts anew where the run was resumed."""
+    counts = [int(entry["num_tokens"]) for entry in history]
+    return sum(
+        count - before if count > before else count for before, count in zip([0, *counts], counts, strict=False)
+    )
+
+
+@contextmanager
+def _timed(folder: Path) -> Iterator[None]:
+    """Notes which updates were made inside, and in what time, however it ends."""
+    first, wall, processor = _step(folder), time.perf_counter(), time.process_time()
+    try:
+        yield
+    finally:
+        session = {
+            "from_update": first,
+            "to_update": _step(folder),
+            "seconds": round(time.perf_counter() - wall, 1),
+            "processor_seconds": round(time.process_time() - processor, 1),
+            "machine": machine(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        with _sessions(folder).open("a") as file:
+            file.write(json.dumps(session) + "\n")
+
+
+def _sessions(folder: Path) -> Path:
+    return folder / "sessions.jsonl"
+
+
+def _step(folder: Path) -> int:
+    """Updates up to the newest checkpoint."""
+    checkpoint = find_complete_checkpoint(folder)
+    return int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+
+
+if __name__ == "__main__":
+    app()

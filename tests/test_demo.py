@@ -7,8 +7,9 @@ import torch
 import typer
 from multiverse.hub_card.checkpoint import load_demo_model
 from multiverse.hub_card.demo import main
-from multiverse.hub_card.evaluate import summarise, table
+from multiverse.hub_card.evaluate import table
 from multiverse.hub_card.live_view import LiveBranches, timeline
+from multiverse.trainer.held_out import summarise
 from rich.console import Console
 from tiny import FIRST_WORD, NEWLINE, TOKEN_IDS, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner

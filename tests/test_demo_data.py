@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from multiverse.hub_card.evaluate import _records
+from multiverse.trainer.held_out import stored_answers
 from multiverse.trainer.sft import MultiverseScriptArguments, load_data
 from multiverse.trainer.synthetic import train_and_test
 
@@ -48,8 +48,8 @@ def test_no_problem_of_the_evaluation_or_the_demo_was_trained_on() -> None:
 def test_answers_to_other_problems_are_not_taken_for_done(tmp_path: Path) -> None:
     _, problems = train_and_test(0, 2, seed=1)
     stored = tmp_path / "parallel.jsonl"
-    assert _records(stored, problems) == []
+    assert stored_answers(stored, problems) == []
     stored.write_text(f'{{"problem": 0, "question": {problems[0].question!r}}}\n'.replace("'", '"'))
-    assert len(_records(stored, problems)) == 1
-    with pytest.raises(ValueError, match="`output`"):
-        _records(stored, problems[::-1])
+    assert len(stored_answers(stored, problems)) == 1
+    with pytest.raises(ValueError, match="`path`"):
+        stored_answers(stored, problems[::-1])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from multiverse import TAGS, BranchLayout
-from multiverse.hub_card.evaluate import wilson_interval
+from multiverse.trainer.held_out import wilson_interval
 from multiverse.trainer.synthetic import Problem, ProblemOptions, Sum, generate_problems, read_answer, train_and_test
 from tiny import tiny_tokenizer
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from multiverse.hub_card.checkpoint import load_demo_model
-from multiverse.hub_card.evaluate import summarise, wilson_interval
 from multiverse.layout import BranchLayout
 from multiverse.trainer.choice import CHOICE_PROBLEMS, free_messages
+from multiverse.trainer.held_out import summarise, wilson_interval
 from multiverse.trainer.synthetic import Problem, read_answer, train_and_test
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)

@@ -51,9 +51,8 @@ def answer_problems(
         left.sort(key=lambda number: len(problems[number].question))
         batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
         with path.open("a") as file:
-            if file.tell() and not path.read_bytes().endswith(b"\n"):
-                # A line that a kill has cut off is no record; it must not swallow the next one.
-                file.write("\n")
+            # A line that a kill has cut off would swallow the next one.
+            file.truncate(path.read_bytes().rfind(b"\n") + 1)
             for batch in track(batches, description=description):
                 numbered = [(number, problems[number]) for number in batch]
                 for record in _answer(form, model, tokenizer, numbered, max_new_tokens):
@@ -68,10 +67,9 @@ def stored_answers(path: Path, problems: list[Problem]) -> list[dict[str, Any]]:
     Raises:
         ValueError: if they answer other problems.
     """
-    lines = path.read_text().splitlines() if path.is_file() else []
-    # A line is either whole or was cut off before its closing brace.
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    records = [record for record in records if record["problem"] < len(problems)]
+    # What follows the last end of line was cut off.
+    lines = path.read_text().rpartition("\n")[0].splitlines() if path.is_file() else []
+    records = [record for record in map(json.loads, lines) if record["problem"] < len(problems)]
     if any(problems[record["problem"]].question != record["question"] for record in records):
         raise ValueError(f"`path`: {path} holds answers to other problems. Name another folder, or remove it.")
     return sorted(records, key=lambda record: record["problem"])

@@ -13,6 +13,7 @@ python -m multiverse.trainer.transfer report
 """
 
 import hashlib
+import importlib.util
 import json
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from multiverse.trainer.held_out import answer_problems, machine, summarise
 from multiverse.trainer.recovery import find_complete_checkpoint
 from multiverse.trainer.sft import MultiverseScriptArguments, load_model_and_tokenizer, main
 from multiverse.trainer.synthetic import train_and_test
+from multiverse.trainer.transfer_pictures import draw_arms, draw_budget
+from multiverse.trainer.transfer_report import START, read_answers, read_trainings, report_on
 from peft import PeftModel
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -45,6 +48,7 @@ ARMS: dict[str, tuple[float, ...]] = {
     "curriculum": epoch_shares("linear", EPOCHS),
 }
 Arm = Literal["multiverse", "sequential", "curriculum"]
+SEEDS = (0, 1, 2)
 
 #: Held-out problems, and the seed that draws them: the first 200 are those of the demo's evaluation.
 PROBLEMS, PROBLEM_SEED = 400, 1
@@ -109,9 +113,9 @@ def answer(
     results: Annotated[Path, typer.Option(help="Folder of the records that are kept.")] = RESULTS,
 ) -> None:
     """Answers the held-out problems with one run, greedily and in the form that the run ended with."""
-    name = arm if arm == "start" else f"{arm}-{seed}"
+    name = arm if arm == START else f"{arm}-{seed}"
     folder = runs / name
-    finished = folder / (_WEIGHTS if arm == "start" else "training.json")
+    finished = folder / (_WEIGHTS if arm == START else "training.json")
     if not finished.is_file():
         raise ValueError(f"`runs`: {finished} does not exist. Train {name} first.")
 
@@ -127,6 +131,32 @@ def answer(
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
     print(json.dumps(summarise(records), indent=2))
+
+
+@app.command()
+def report(
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems that every run answered.")] = PROBLEMS,
+    results: Annotated[Path, typer.Option(help="Folder of the records that are kept.")] = RESULTS,
+    pictures: Annotated[bool, typer.Option(help="Draw as well; needs the extra `plots`.")] = True,
+) -> None:
+    """Sums up all records that are there, beside their folder, and says which runs are missing."""
+    if pictures and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('`pictures` needs matplotlib. Run `pip install -e ".[plots]"`, or pass `--no-pictures`.')
+    summary = report_on(results, list(ARMS), SEEDS, problems)
+    results.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    if pictures:
+        answers, _ = read_answers(results, problems)
+        draw_budget(answers, list(ARMS), results.with_name(f"{results.name}_budget.svg"))
+        draw_arms(summary, read_trainings(results), results.with_name(f"{results.name}_arms.svg"))
+    for arm, pooled in summary["arms"].items():
+        low, high = pooled["interval_95_over_problems"]
+        print(
+            f"{arm}: {pooled['right']}/{pooled['problems']} right, {pooled['accuracy']:.1%} ({low:.1%} to "
+            f"{high:.1%}), valid {pooled['valid_structure']:.1%}, {pooled['sequential_steps']} steps, "
+            f"seeds {pooled['seeds']}"
+        )
+    print(json.dumps(summary["comparisons"], indent=1))
+    print("missing:", ", ".join(summary["missing"]) or "nothing")
 
 
 def tokens_trained(history: list[dict[str, Any]]) -> int:

@@ -147,7 +147,7 @@ def report(
     if pictures:
         answers, _ = read_answers(results, problems)
         draw_budget(answers, list(ARMS), results.with_name(f"{results.name}_budget.svg"))
-        draw_arms(summary, read_trainings(results), results.with_name(f"{results.name}_arms.svg"))
+        draw_arms(summary, read_trainings(results), list(ARMS), results.with_name(f"{results.name}_arms.svg"))
     for arm, pooled in summary["arms"].items():
         low, high = pooled["interval_95_over_problems"]
         print(

@@ -36,19 +36,28 @@ def draw_budget(answers: Mapping[str, Records], arms: Sequence[str], path: Path)
     plt.close(figure)
 
 
-def draw_arms(summary: Mapping[str, Any], trainings: Mapping[str, Any], path: Path) -> None:
+def draw_arms(summary: Mapping[str, Any], trainings: Mapping[str, Any], arms: Sequence[str], path: Path) -> None:
     """Accuracy, sequential steps and losses of the arms.
 
     Args:
         summary (`Mapping`): made by `report_on`. Error bars are its intervals over problems, dots are seeds.
         trainings (`Mapping`): records of the trainings, by run.
+        arms (sequence of `str`): names of the arms.
         path (`Path`): of the picture.
     """
     import matplotlib.pyplot as plt
 
     figure, (accuracy, steps, losses) = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
-    for number, (arm, pooled) in enumerate(summary["arms"].items()):
-        color, share = f"C{number}", pooled["accuracy"]
+    for number, arm in enumerate(arms):
+        color = f"C{number}"
+        for training in by_seed(trainings, arm).values():
+            by_update = np.array([entry["loss_content"] for entry in training["log"]])
+            by_epoch = by_update.reshape(len(training["shares"]), -1).mean(axis=1)
+            losses.plot(range(1, len(by_epoch) + 1), by_epoch, color=color, linewidth=1)
+        if arm not in summary["arms"]:
+            continue
+        pooled = summary["arms"][arm]
+        share = pooled["accuracy"]
         low, high = pooled["interval_95_over_problems"]
         # Rounding may put an end on the wrong side of the mean.
         reach = [[max(share - low, 0.0)], [max(high - share, 0.0)]]
@@ -58,10 +67,6 @@ def draw_arms(summary: Mapping[str, Any], trainings: Mapping[str, Any], path: Pa
             if "answers" in run:
                 accuracy.plot(arm, run["answers"]["accuracy"], ".", color="black")
                 steps.plot(arm, run["answers"]["sequential_steps"], ".", color="black")
-        for training in by_seed(trainings, arm).values():
-            by_update = np.array([entry["loss_content"] for entry in training["log"]])
-            by_epoch = by_update.reshape(len(training["shares"]), -1).mean(axis=1)
-            losses.plot(range(1, len(by_epoch) + 1), by_epoch, color=color, linewidth=1)
     if START in summary["runs"]:
         answered = summary["runs"][START]["answers"]
         accuracy.axhline(answered["accuracy"], color="black", linestyle="--", linewidth=1)

@@ -22,6 +22,10 @@ from .scheduler import branches_to_run
 from .streaming import BranchStreamer, LinearFeed
 from .transfer import on_device
 
+#: Slots reserved at first for what a request writes. On a CPU, those that nothing is written to take no memory.
+_HEADROOM = 256
+_CPU_HEADROOM = 2048
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -64,7 +68,8 @@ class Engine:
         self.options = options
         self.device = model.device
         self.sampler = Sampler(requests, sampling)
-        headroom = min(max(request.rules.max_new_tokens for request in requests), 256)
+        most = _CPU_HEADROOM if model.device.type == "cpu" else _HEADROOM
+        headroom = min(max(request.rules.max_new_tokens for request in requests), most)
         self.model_step = ModelStep(model, requests, headroom, options.implementation, options.static_shapes)
         # The clock is the same for all branches; everything else may look at the tokens.
         self._clocks = [each for each in stopping_criteria if isinstance(each, MaxTimeCriteria)]

@@ -187,7 +187,11 @@ def _in_columns(
     buffer: torch.Tensor, columns: Sequence[torch.Tensor], slots: Sequence[torch.Tensor], length: int
 ) -> torch.Tensor:
     """Slots of a layer's buffer, put into their columns: `(B, kv heads, length, head dim)`, 0 in padding."""
+    # index_select copies whole slots, indexing goes through them element by element.
+    picked = [buffer[0].index_select(1, held.to(buffer.device)) for held in slots]
+    if len(columns) == 1 and len(columns[0]) == length:
+        return picked[0][None]
     linear = buffer.new_zeros((len(columns), buffer.shape[1], length, buffer.shape[3]))
-    for row, (own, held) in enumerate(zip(columns, slots, strict=True)):
-        linear[row, :, own.to(buffer.device)] = buffer[0, :, held.to(buffer.device)]
+    for row, own in enumerate(columns):
+        linear[row].index_copy_(1, own.to(buffer.device), picked[row])
     return linear

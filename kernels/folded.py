@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 #: Rows times slots from which on it pays to hand every thread the same share of them.
-_WORTH_SHARING = 12_288
+_WORTH_SHARING = 6_144
 
 
 def folded_attention(

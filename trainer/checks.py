@@ -38,12 +38,12 @@ def check_trainer(trainer: Trainer, allow_pieces: bool = False) -> None:
     if getattr(args, "packing", False) and strategy in _PIECES and not allow_pieces:
         raise ValueError(
             f"`packing_strategy` is {strategy!r}, which cuts samples inside their blocks: later paths would see the "
-            "earlier ones. Use 'bfd'."
+            "earlier ones. Use 'bfd', or say `allow_pieces`."
         )
     if getattr(args, "truncation_mode", None) == "keep_end" and not allow_pieces:
         raise ValueError(
             "`truncation_mode` is 'keep_end', which cuts off the `<Parallel>` that later paths belong to. Use "
-            "'keep_start', or leave long samples out."
+            "'keep_start', leave long samples out, or say `allow_pieces`."
         )
     if getattr(args, "use_liger_kernel", False):
         raise ValueError(

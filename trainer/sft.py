@@ -54,6 +54,12 @@ class MultiverseScriptArguments(DataArguments):
     mask_forced_tokens: bool = field(
         default=True, metadata={"help": "Leave the tokens that the decoder forces out of the loss."}
     )
+    allow_pieces: bool = field(
+        default=False,
+        metadata={
+            "help": "Accept packing and cutting whose pieces begin inside a block; tags are ordinary tokens there."
+        },
+    )
     prepare_layouts: bool = field(
         default=False, metadata={"help": "Read the tags where batches are made (see dataloader_num_workers)."}
     )
@@ -117,7 +123,7 @@ def build_trainer(
     )
     give_wrapped_head_its_bias(model)
     check_parallelism(trainer.accelerator)
-    check_trainer(trainer)
+    check_trainer(trainer, script.allow_pieces)
     gather_trained_head(trainer)
     if script.mask_forced_tokens:
         trainer.train_dataset = mask_forced_labels(trainer.train_dataset, model.config, config.dataset_num_proc)

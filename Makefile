@@ -6,10 +6,10 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint compile-check train-demo transfer clean
+.PHONY: help venv demo test lint compile-check train-demo transfer transfer-start clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile
 
 venv: .venv/.installed ## create .venv with everything the other targets need
 
@@ -37,9 +37,9 @@ compile-check: venv ## compile every Triton kernel for GPUs (none is needed); fa
 	.venv/bin/python -m multiverse.kernels.compile_check $(ARGS)
 
 # They keep glibc from giving the big buffers back to the kernel at every step.
-train-demo transfer: export MALLOC_MMAP_THRESHOLD_ = 100000000000
-train-demo transfer: export MALLOC_TRIM_THRESHOLD_ = 100000000000
-train-demo transfer: export MALLOC_TOP_PAD_ = 1000000000
+train-demo transfer transfer-start: export MALLOC_MMAP_THRESHOLD_ = 100000000000
+train-demo transfer transfer-start: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+train-demo transfer transfer-start: export MALLOC_TOP_PAD_ = 1000000000
 train-demo: venv ## train both arms of the demo and evaluate them (options of the evaluation: ARGS="...")
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	for phase in parallel parallel_2 parallel_3 sequential sequential_2 sequential_3; do \
@@ -48,10 +48,14 @@ train-demo: venv ## train both arms of the demo and evaluate them (options of th
 	.venv/bin/python -m multiverse.hub_card.pack_adapter runs/smollm2-parallel-3 hub_card/adapter
 	.venv/bin/python -m multiverse.hub_card.evaluate --sequential runs/smollm2-sequential-3 $(ARGS)
 
-transfer: venv ## run the transfer experiment: the start, nine short trainings, their answers, the report
-	.venv/bin/python -m pip install -c constraints.txt -e ".[plots]"
+transfer-start: venv ## train anew what the transfer experiment starts from
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_transfer_start.yaml
+	.venv/bin/python -m multiverse.hub_card.pack_adapter runs/transfer/start trainer/results/transfer/start
+
+transfer: venv ## run the transfer experiment: nine short trainings, their answers, the report
+	.venv/bin/python -m pip install -c constraints.txt -e ".[plots]"
+	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	.venv/bin/python -m multiverse.trainer.transfer answer --arm start
 	for seed in 0 1 2; do for arm in multiverse sequential curriculum; do \
 		.venv/bin/python -m multiverse.trainer.transfer train --arm $$arm --seed $$seed || exit 1; \

@@ -4,8 +4,9 @@ As in the paper (arXiv 2506.09991, section 6) the start is a model that solves t
 the other. Three arms go on from it over the same problems in the same order, and differ in the share of Multiverse
 forms in every epoch: all, none, or the paper's curriculum from none to all. Each command goes on where it stopped.
 
+The start is kept in `results/transfer/start` (`make transfer-start` trains it anew).
+
 ```bash
-python -m multiverse.trainer.sft --config trainer/configs/smollm2_transfer_start.yaml
 python -m multiverse.trainer.transfer train --arm multiverse --seed 0
 python -m multiverse.trainer.transfer answer --arm multiverse --seed 0
 python -m multiverse.trainer.transfer report
@@ -78,8 +79,8 @@ def train(
         start = Path(str(script.adapter_path)) / _WEIGHTS
         if not start.is_file():
             raise ValueError(
-                f"`adapter_path`: {start} does not exist. Train the start first, with "
-                "`python -m multiverse.trainer.sft --config trainer/configs/smollm2_transfer_start.yaml`."
+                f"`adapter_path`: {start} does not exist. Run from the project's folder, or train the start with "
+                "`make transfer-start`."
             )
         with _timed(folder):
             trainer = main(script, training, model)
@@ -115,14 +116,15 @@ def answer(
     """Answers the held-out problems with one run, greedily and in the form that the run ended with."""
     name = arm if arm == START else f"{arm}-{seed}"
     folder = runs / name
-    finished = folder / (_WEIGHTS if arm == START else "training.json")
+    settings = yaml.safe_load(config.read_text())
+    adapter = Path(settings["adapter_path"]) if arm == START else folder
+    finished = adapter / (_WEIGHTS if arm == START else "training.json")
     if not finished.is_file():
         raise ValueError(f"`runs`: {finished} does not exist. Train {name} first.")
 
     def load() -> Any:
-        settings = yaml.safe_load(config.read_text())
         model, tokenizer = load_model_and_tokenizer(settings["model_name_or_path"], dtype=torch.float32)
-        return PeftModel.from_pretrained(model, folder).merge_and_unload().eval(), tokenizer
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval(), tokenizer
 
     _, held_out = train_and_test(0, problems, PROBLEM_SEED)
     form = "parallel" if arm in ARMS and ARMS[arm][-1] == 1.0 else "sequential"

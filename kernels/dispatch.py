@@ -4,8 +4,9 @@
 `generation_config.decode_attention` that of decode steps. The automatic choices go by the device; a backend that is
 asked for by name runs or raises.
 
-Every function here has the signature of transformers' `AttentionInterface`, under which it is registered. The branch
-structure comes as the keyword argument `path_mask`, which the backbone of a Multiverse model builds.
+Attention is registered with transformers' `AttentionInterface`. The branch structure comes as the keyword argument
+`path_mask`, or as `dense_mask` for `sdpa` on a CPU, both built by the backbone of a Multiverse model. Where neither is
+given, the names that transformers knows run what transformers runs.
 """
 
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
-from .dense import dense_path_attention
+from .dense import DenseMask, dense_path_attention, dense_sdpa
 from .flash_varlen import flash_varlen_attention
 from .path_attention import path_attention
 from .path_mask import PathMask
@@ -42,6 +44,11 @@ def unsupported_attention_message(implementation: str | None) -> str:
         f"`attn_implementation` is {implementation!r}, which cannot express branch visibility. Use one of "
         f"{SUPPORTED_ATTENTION}, for example `model.set_attn_implementation('sdpa')`."
     )
+
+
+def takes_dense_mask(implementation: str | None, mask: Any) -> bool:
+    """Whether attention is given the bool `mask` of shape `(B, 1, Q, S)` as a `DenseMask` too."""
+    return implementation == "sdpa" and mask.device.type == "cpu" and mask.shape[2] > 1
 
 
 def automatic_backend(device: torch.device) -> str:
@@ -126,15 +133,43 @@ def _forward(implementation: str) -> Any:
                 f"`config.attention_dropout` is {dropout}, which {implementation!r} does not have. Set it to 0, or "
                 "use `attn_implementation='sdpa'`."
             )
-        if torch.is_autocast_enabled(query.device.type):
-            # Rotary embeddings are worked out in float32, so queries and keys come wider than values.
-            dtype = torch.get_autocast_dtype(query.device.type)
-            query, key, value = (each.to(dtype) for each in (query, key, value))
+        query, key, value = _of_one_dtype(query, key, value)
         return run_path_attention(implementation, query, key, value, path_mask, scaling).transpose(1, 2), None
 
     return attention_forward
 
 
+def _sdpa_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    dense_mask: DenseMask | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`sdpa` as transformers has it, and in blocks of queries where `dense_mask` says the same as `attention_mask`."""
+    # The fused kernel of a CPU has no dropout; compiled code would be made anew for every mask.
+    if dense_mask is None or dropout or torch.compiler.is_compiling():
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    query, key, value = _of_one_dtype(query, key, value)
+    return dense_sdpa(query, key, value, dense_mask, scaling).transpose(1, 2), None
+
+
+def _of_one_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values under autocast: rotary embeddings are worked out in float32, so the first two come
+    wider than the last."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype(device)) for each in tensors)
+
+
+AttentionInterface.register("sdpa", _sdpa_forward)
 for _name in PATH_MASK_ATTENTION:
     AttentionInterface.register(_name, _forward(_name))
     # Without an entry of their own transformers would hand them no mask at all, where something bypasses the backbone.

@@ -3,7 +3,7 @@
 Shapes: B batch rows, Q new tokens, S slots (cached and new tokens), R branches.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,6 @@ from multiverse.kernels.dispatch import PATH_MASK_ATTENTION, unsupported_attenti
 from multiverse.kernels.flex import flex_block_mask
 from multiverse.kernels.path_mask import PathMask
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 
 from .layout import compatible_branches, expand_runs, read_sequence
 from .structure import StructureMachine
@@ -137,7 +136,7 @@ def structured_inputs(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    document_starts: torch.Tensor | None,
+    cumulative_lengths: torch.Tensor | None,
     past_key_values: Cache | None,
     dtype: torch.dtype,
 ) -> tuple[object, torch.Tensor]:
@@ -150,15 +149,15 @@ def structured_inputs(
         attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a slot is padding, on either side.
         position_ids (`torch.LongTensor` of shape `(1 or B, Q)`, *optional*): read for one thing only, the start of
             packed documents (every 0 in it, when there is neither a mask nor a cache).
-        document_starts (`torch.Tensor`, *optional*): cumulative document lengths (`cu_seq_lens_q`) of a single packed
-            row, used in place of `position_ids`.
+        cumulative_lengths (`torch.Tensor`, *optional*): of the documents of a single packed row (`cu_seq_lens_q`),
+            used in place of `position_ids`.
         dtype (`torch.dtype`): of the hidden states, for additive masks.
 
     Returns:
         The mask for the backbone and `position_ids` of shape `(B, Q)`. Padding gets position 0 and is never seen.
     """
     positions = read_tokens(
-        config.multiverse_token_ids, state, input_ids, attention_mask, position_ids, document_starts
+        config.multiverse_token_ids, state, input_ids, attention_mask, position_ids, cumulative_lengths
     )
     mask = branch_causal_mask(config, state, input_ids, attention_mask, past_key_values, dtype)
     return mask, positions.to(input_ids.device)
@@ -170,7 +169,7 @@ def read_tokens(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    document_starts: torch.Tensor | None,
+    cumulative_lengths: torch.Tensor | None,
 ) -> torch.Tensor:
     """Reads the new tokens into `state` and returns their positions, on the CPU. Arguments as in `structured_inputs`,
     with `token_ids` the id of every tag."""
@@ -188,9 +187,9 @@ def read_tokens(
     if attention_mask is not None and attention_mask.shape[1] == state.length + new:
         cached_mask = attention_mask[:, : state.length]
     state.rows(batch_size, device, first_positions, cached_mask)
-    starts = [None] * batch_size
+    starts: list[list[int] | None] = [None] * batch_size
     if attention_mask is None and state.length == 0:
-        starts = _document_starts(position_ids, document_starts, batch_size, new)
+        starts = document_starts(position_ids, cumulative_lengths, batch_size, new)
 
     ids = input_ids.cpu()
     positions = torch.zeros(batch_size, new, dtype=torch.long)
@@ -229,9 +228,10 @@ def branch_causal_mask(
             f"`past_key_values` has room for {slots} slots beyond those in use, which {config._attn_implementation!r} "
             "cannot leave out. Pass a `DynamicCache`, or use `attn_implementation='sdpa'`."
         )
+    first = branches.shape[1] - input_ids.shape[1]
     branches = torch.nn.functional.pad(branches, (0, spare), value=-1)
     compatible = branch_tables(state.machines).to(device)
-    return dense_causal_mask(config, branches, compatible, input_ids, attention_mask, past_key_values, dtype)
+    return dense_causal_mask(config, branches, compatible, first, input_ids.shape[1], attention_mask, dtype)
 
 
 def branch_tables(machines: Sequence[StructureMachine]) -> torch.Tensor:
@@ -245,27 +245,33 @@ def dense_causal_mask(
     config,
     branches: torch.Tensor,
     compatible: torch.Tensor,
-    input_ids: torch.Tensor,
+    first: int,
+    queries: int,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
     dtype: torch.dtype,
 ) -> object:
-    """The causal mask by transformers' own function, with incompatible branches taken out.
+    """The causal mask with incompatible branches taken out, in the form of the model's attention.
+
+    Two look-ups in the branch tables and the causal rule: a predicate for every pair of tokens, as transformers' own
+    mask functions want it, takes nine times as long.
 
     Args:
         branches (`torch.LongTensor` of shape `(B, S)`): branch of every slot, -1 for padding.
         compatible (`torch.BoolTensor` of shape `(B, R, R)`): branch table of every row.
+        first, queries (`int`): slot of the first new token, and how many there are.
+        attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a slot is padding.
     """
-    return create_causal_mask(
-        config=config,
-        # Only batch size, length, dtype and device are read off this argument.
-        inputs_embeds=torch.empty((*input_ids.shape, 0), dtype=dtype, device=input_ids.device),
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        # With positions, transformers would take every reset for the start of a packed document.
-        position_ids=None,
-        and_mask_function=compatible_mask_function(branches.clamp(min=0), compatible),
-    )
+    rows, count = compatible.shape[:2]
+    real = branches >= 0
+    if attention_mask is not None:
+        given = attention_mask.to(branches.device, torch.bool)
+        real = real & torch.nn.functional.pad(given, (0, branches.shape[1] - given.shape[1]))
+    # Padding is one more branch, which no other may see.
+    keys = branches.masked_fill(~real, count)
+    columns = torch.nn.functional.pad(compatible, (0, 1)).gather(2, keys[:, None].expand(-1, count, -1))
+    new = branches[:, first : first + queries].clamp(min=0)
+    visible = columns[torch.arange(rows, device=branches.device)[:, None], new].tril_(first)
+    return explicit_mask(config._attn_implementation, visible[:, None], dtype)
 
 
 def untagged_path_mask(
@@ -274,7 +280,7 @@ def untagged_path_mask(
     cached: int,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    document_starts: torch.Tensor | None,
+    cumulative_lengths: torch.Tensor | None,
     device: torch.device,
 ) -> PathMask:
     """The mask of text without blocks: causal, without padding, each packed document by itself.
@@ -282,15 +288,15 @@ def untagged_path_mask(
     Args:
         batch_size, new, cached (`int`): rows, new tokens, and slots that the cache holds already.
         attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 where a slot is padding.
-        position_ids, document_starts (`torch.Tensor`, *optional*): as in `structured_inputs`.
+        position_ids, cumulative_lengths (`torch.Tensor`, *optional*): as in `structured_inputs`.
     """
     slots = cached + new
     real = torch.ones(batch_size, slots, dtype=torch.bool)
     if attention_mask is not None:
         real[:, slots - attention_mask.shape[1] :] = attention_mask.bool().cpu()
-    starts: list = [None] * batch_size
+    starts: list[list[int] | None] = [None] * batch_size
     if attention_mask is None and not cached:
-        starts = _document_starts(position_ids, document_starts, batch_size, new)
+        starts = document_starts(position_ids, cumulative_lengths, batch_size, new)
     branches = torch.full((batch_size, slots), -1, dtype=torch.long)
     machines = []
     for row in range(batch_size):
@@ -302,20 +308,6 @@ def untagged_path_mask(
         branches[row, real[row]] = expand_runs(machine)[0]
         machines.append(machine)
     return PathMask.from_machines(machines, branches, new, device)
-
-
-def compatible_mask_function(branches: torch.Tensor, compatible: torch.Tensor) -> Callable:
-    """Mask predicate (transformers' `and_mask_function`): may the query's branch see the key's?
-
-    Args:
-        branches (`torch.LongTensor` of shape `(B, S)`): branch of every slot.
-        compatible (`torch.BoolTensor` of shape `(B, R, R)`): branch table of every row.
-    """
-
-    def compatible_branch(batch_idx, head_idx, q_idx, kv_idx):
-        return compatible[batch_idx, branches[batch_idx, q_idx], branches[batch_idx, kv_idx]]
-
-    return compatible_branch
 
 
 def explicit_mask(implementation: str | None, attention_mask: torch.Tensor, dtype: torch.dtype) -> object:
@@ -347,12 +339,22 @@ def explicit_mask(implementation: str | None, attention_mask: torch.Tensor, dtyp
     raise ValueError(unsupported_attention_message(implementation))
 
 
-def _document_starts(
-    position_ids: torch.Tensor | None, cumulative: torch.Tensor | None, batch_size: int, length: int
-) -> list:
-    """Indices of the document starts of every row, `None` for rows that hold a single document."""
-    if cumulative is not None and batch_size == 1:
-        return [[start for start in cumulative.tolist() if start < length]]
+def document_starts(
+    position_ids: torch.Tensor | None, cumulative_lengths: torch.Tensor | None, batch_size: int, length: int
+) -> list[list[int] | None]:
+    """Where the packed documents of a batch without padding begin.
+
+    Args:
+        position_ids (`torch.Tensor` of shape `(1 or batch_size, length)`, *optional*): every 0 in it is a start.
+        cumulative_lengths (`torch.Tensor`, *optional*): of the documents of a single row (`cu_seq_lens_q`), used in
+            place of `position_ids`.
+        batch_size, length (`int`): shape of the batch.
+
+    Returns:
+        Indices for every row, `None` for rows that hold a single document.
+    """
+    if cumulative_lengths is not None and batch_size == 1:
+        return [[start for start in cumulative_lengths.tolist() if start < length]]
     if position_ids is None:
         return [None] * batch_size
     rows = position_ids.cpu().expand(batch_size, -1)

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from multiverse.generation.mixin import MultiverseGenerationMixin
-from multiverse.kernels.dispatch import PATH_MASK_ATTENTION, SUPPORTED_ATTENTION, unsupported_attention_message
+from multiverse.kernels.dense import DenseMask
+from multiverse.kernels.dispatch import (
+    PATH_MASK_ATTENTION,
+    SUPPORTED_ATTENTION,
+    takes_dense_mask,
+    unsupported_attention_message,
+)
 from multiverse.kernels.path_mask import PathMask
 from torch import nn
 from transformers import (
@@ -90,6 +96,8 @@ class MultiverseModelMixin:
             attention_mask, position_ids = self._apply_structure(
                 state, input_ids, attention_mask, position_ids, past_key_values, kwargs.get("cu_seq_lens_q"), layout
             )
+        if attention_mask is not given[0] and takes_dense_mask(self.config._attn_implementation, attention_mask):
+            kwargs["dense_mask"] = DenseMask(attention_mask[:, 0])
         if takes_path_mask:
             self._refuse_sliding_windows()
             path_mask = attention_mask
@@ -204,7 +212,7 @@ class MultiverseModelMixin:
             raise ValueError(unsupported_attention_message(self.config._attn_implementation))
         self._refuse_sliding_windows()
         if layout is not None:
-            mask = layout.attention_mask(self.config, input_ids, attention_mask, past_key_values, self.dtype)
+            mask = layout.attention_mask(self.config, attention_mask, self.dtype)
             return mask, layout.position_ids
         return structured_inputs(
             self.config,

@@ -55,15 +55,15 @@ class PreparedLayout:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        document_starts: torch.Tensor | None = None,
+        cumulative_lengths: torch.Tensor | None = None,
     ) -> "PreparedLayout":
         """Reads a batch as the backbone would.
 
         Args:
             config (`MultiverseConfig`): names the tags and the attention implementation that the mask is for.
             input_ids (`torch.LongTensor` of shape `(B, S)`): the batch.
-            attention_mask, position_ids, document_starts (`torch.Tensor`, *optional*): what `forward` gets besides, as
-                in `structured_inputs`.
+            attention_mask, position_ids, cumulative_lengths (`torch.Tensor`, *optional*): what `forward` gets besides,
+                as in `structured_inputs`.
 
         Raises:
             ValueError: if the configuration names no tags, or its attention cannot express branches.
@@ -76,14 +76,14 @@ class PreparedLayout:
         dense = implementation not in _INTERVAL_ATTENTION
         if not has_block(input_ids, token_ids):
             mask = untagged_path_mask(
-                rows, length, 0, attention_mask, position_ids, document_starts, torch.device("cpu")
+                rows, length, 0, attention_mask, position_ids, cumulative_lengths, torch.device("cpu")
             )
             no_positions = torch.empty(rows, 0, dtype=torch.long)
             if dense:
                 return cls(mask.branch_ids, no_positions, torch.empty(rows, 0, 0, dtype=torch.bool))
             return cls(mask.branch_ids, no_positions, None, mask.hidden_start, mask.hidden_end)
         state = CachedStructure()
-        positions = read_tokens(token_ids, state, input_ids.cpu(), attention_mask, position_ids, document_starts)
+        positions = read_tokens(token_ids, state, input_ids.cpu(), attention_mask, position_ids, cumulative_lengths)
         assert state.machines is not None
         if dense:
             return cls(state.slot_branches[-1].int(), positions, branch_tables(state.machines))
@@ -157,23 +157,15 @@ class PreparedLayout:
             raise ValueError(self._made_for_another_attention("hidden_start"))
         return PathMask(self.hidden_start, self.hidden_end, self.branch_ids, self.branch_ids.shape[1])
 
-    def attention_mask(
-        self,
-        config: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        dtype: torch.dtype,
-    ) -> object:
+    def attention_mask(self, config: Any, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> object:
         """The mask of a tagged batch, in the form of the model's attention. Arguments as in `structured_inputs`."""
         if config._attn_implementation in _INTERVAL_ATTENTION:
             mask = self.path_mask()
             return flex_block_mask(mask) if config._attn_implementation == "flex_attention" else mask
         if self.compatible is None:
             raise ValueError(self._made_for_another_attention("compatible"))
-        return dense_causal_mask(
-            config, self.branch_ids.long(), self.compatible, input_ids, attention_mask, past_key_values, dtype
-        )
+        branches = self.branch_ids.long()
+        return dense_causal_mask(config, branches, self.compatible, 0, branches.shape[1], attention_mask, dtype)
 
     @staticmethod
     def _made_for_another_attention(name: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from forward import pad, positions_of, restarting, row
 from multiverse import MultiverseForCausalLM
+from multiverse.kernels.dense import DenseMask
 from multiverse.kernels.path_mask import PathMask
 from multiverse.trainer.collator import LayoutCollator
 from tiny import PAD
@@ -114,6 +115,8 @@ def same(one: Any, other: Any) -> bool:
         return False
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, DenseMask):
+        return same(one.visible, other.visible)
     if isinstance(one, PathMask):
         names = ("hidden_start", "hidden_end", "branch_ids", "queries")
         return all(same(getattr(one, name), getattr(other, name)) for name in names)

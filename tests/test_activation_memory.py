@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from multiverse import MultiverseConfig
+from multiverse.kernels import dense
 from multiverse.kernels.path_mask import PathMask
 from multiverse.trainer.activation_memory import (
     TrainingStep,
+    additive_mask_bytes,
     checkpoint_bytes,
     head_bytes,
     layer_bytes,
@@ -60,6 +62,7 @@ def saved_bytes(model: torch.nn.Module, rows: int, autocast: bool = False, text:
 def expected(config: MultiverseConfig, step: TrainingStep) -> int:
     return (
         config.num_hidden_layers * layer_bytes(config, step).total
+        + additive_mask_bytes(step)
         + outer_bytes(config, step)
         + head_bytes(config, step)
     )
@@ -67,7 +70,11 @@ def expected(config: MultiverseConfig, step: TrainingStep) -> int:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_every_tensor_that_autograd_saves_is_counted(architecture: str, rows: int) -> None:
+@pytest.mark.parametrize("block", [7, 64], ids=["in blocks", "in one block"])
+def test_every_tensor_that_autograd_saves_is_counted(
+    architecture: str, rows: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "QUERY_BLOCK", block)
     model = training_model(architecture)
     saved, length = saved_bytes(model, rows)
     assert saved - expected(model.config, TrainingStep(rows, length)) == DIVISOR
@@ -78,7 +85,7 @@ def test_every_tensor_that_autograd_saves_is_counted(architecture: str, rows: in
 def test_bfloat16_weights(architecture: str, attention: str) -> None:
     model = training_model(architecture, torch.bfloat16, attention)
     saved, length = saved_bytes(model, 2, autocast=True)
-    kind = "grouped_sdpa" if attention == "multiverse" else attention
+    kind = "sdpa" if attention == "multiverse" else attention
     step = TrainingStep(2, length, kind, stream=2, compute=2, autocast=True)
     assert saved - expected(model.config, step) == DIVISOR
 
@@ -97,7 +104,7 @@ def test_autocast_of_float32_weights(architecture: str, attention: str) -> None:
 def test_other_attention(attention: str, kv_heads: int) -> None:
     model = training_model(attention=attention, num_key_value_heads=kv_heads)
     saved, length = saved_bytes(model, 2)
-    kind = {"eager": "eager", "multiverse": "grouped_sdpa", "multiverse_triton": "path"}[attention]
+    kind = {"eager": "eager", "multiverse": "sdpa", "multiverse_triton": "path"}[attention]
     assert saved - expected(model.config, TrainingStep(2, length, kind)) == DIVISOR
 
 
@@ -152,7 +159,7 @@ def test_checkpointing_keeps_the_inputs_of_the_layers(lora: bool) -> None:
 def test_mask_bytes(attention: str) -> None:
     model = training_model(attention=attention)
     masks = []
-    keyword = "path_mask" if attention == "multiverse_triton" else "attention_mask"
+    keyword = {"sdpa": "dense_mask", "eager": "attention_mask", "multiverse_triton": "path_mask"}[attention]
     model.model.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: masks.append(kwargs[keyword]), with_kwargs=True
     )

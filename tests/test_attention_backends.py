@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 from forward import NESTED, OPEN_BLOCK, TWO_PATHS, WORDS, logits_of, pad, restarting, row
-from multiverse.kernels import dispatch
+from multiverse.kernels import dense, dispatch
+from multiverse.kernels.dense import DenseMask
 from multiverse.kernels.dispatch import (
     AUTOMATIC,
     FLASH,
@@ -17,7 +18,8 @@ from multiverse.kernels.dispatch import (
 from multiverse.kernels.flash_varlen import flash_varlen_attention
 from test_kernels_flash_varlen import slow_varlen
 from tiny import ARCHITECTURES, tiny_config, tiny_model
-from transformers import DynamicCache, LlamaForCausalLM, StaticCache
+from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -95,6 +97,86 @@ def test_training_step_through_the_triton_kernels(ids: list[int]) -> None:
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     for found, expected in zip(results[0][1], results[1][1], strict=True):
         assert (found - expected).abs().max() <= 1e-5 * max(float(expected.abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", AUTOMATIC])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_step_in_blocks_of_queries(
+    attention: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "QUERY_BLOCK", 7)
+    model, other = pair_of_models(attention)
+    other.set_attn_implementation("eager")
+    batch, mask = pad([NESTED, TWO_PATHS], "right")
+    labels = batch.masked_fill(mask == 0, -100)
+    results = []
+    for each in (model, other):
+        each.train()
+        if checkpointing:
+            each.gradient_checkpointing_enable()
+        loss = each(input_ids=batch, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        results.append((loss.detach(), [parameter.grad for parameter in each.parameters()]))
+    # Eager attention of transformers takes its softmax in float32.
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-6)
+    for found, expected in zip(results[0][1], results[1][1], strict=True):
+        assert (found - expected).abs().max() <= 1e-6 * max(float(expected.abs().max()), 1.0)
+
+
+@pytest.fixture
+def blocked_calls(monkeypatch: pytest.MonkeyPatch) -> list[DenseMask]:
+    """The masks of all calls of `dense_sdpa` that `sdpa` makes."""
+    masks: list[DenseMask] = []
+    plain = dispatch.dense_sdpa
+
+    def spy(query, key, value, mask, scale=None):
+        masks.append(mask)
+        return plain(query, key, value, mask, scale)
+
+    monkeypatch.setattr(dispatch, "dense_sdpa", spy)
+    return masks
+
+
+def test_all_layers_and_the_recomputed_ones_share_one_mask(blocked_calls: list[DenseMask]) -> None:
+    model = tiny_model(dtype=torch.float32, num_hidden_layers=3).train()
+    model.gradient_checkpointing_enable()
+    loss = model(input_ids=row(NESTED), labels=row(NESTED)).loss
+    (additive,) = blocked_calls[0]._additive.values()
+    loss.backward()
+    assert len(blocked_calls) == 6
+    assert all(mask is blocked_calls[0] for mask in blocked_calls)
+    assert [id(each) for each in blocked_calls[0]._additive.values()] == [id(additive)]
+
+
+@pytest.mark.parametrize("how", ["dropout", "compiled", "cached token", "untagged"])
+def test_sdpa_goes_to_transformers_where_blocks_do_not_serve(
+    how: str, blocked_calls: list[DenseMask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = pair_of_models("sdpa")
+    ids, cache = WORDS if how == "untagged" else NESTED, None
+    if how == "dropout":
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        model.train()
+    elif how == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif how == "cached token":
+        cache = DynamicCache(config=model.config)
+        logits_of(model, row(ids[:-1]), past_key_values=cache)
+        blocked_calls.clear()
+    logits = logits_of(model, row(ids if cache is None else ids[-1:]), past_key_values=cache)
+    assert not blocked_calls
+    expected = logits_of(other, row(ids))[:, -logits.shape[1] :]
+    assert bool(blocked_calls) == (how in ("dropout", "cached token"))
+    assert torch.allclose(logits, expected, atol=1e-6) == (how != "dropout")
+
+
+def test_sdpa_of_other_models_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = LlamaForCausalLM(tiny_config("llama")).eval()
+    ids, mask = pad([WORDS, WORDS[:5]], "left")
+    found = logits_of(plain, ids, attention_mask=mask)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)
+    assert torch.equal(found, logits_of(plain, ids, attention_mask=mask))
 
 
 @pytest.mark.parametrize("attention", PATH_MASK_ATTENTION)

@@ -15,8 +15,8 @@ from kernel_cases import (
     random_inputs,
     reference_answer,
 )
-from multiverse.kernels import flex
-from multiverse.kernels.dense import dense_path_attention
+from multiverse.kernels import dense, flex
+from multiverse.kernels.dense import DenseMask, dense_path_attention
 from multiverse.kernels.flex import flex_block_mask, flex_path_attention
 from multiverse.kernels.path_mask import PathMask
 from multiverse.structure import StructureMachine
@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 every_implementation = pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 
 
-def dense(implementation: str):
+def attend_by(implementation: str):
     return lambda query, key, value, mask, scale=None: dense_path_attention(
         query, key, value, mask, scale, implementation
     )
@@ -37,14 +37,40 @@ def dense(implementation: str):
 def test_dense_output_and_gradients_equal_the_reference(seed: int, dtype: torch.dtype, implementation: str) -> None:
     case = random_case(seed)
     scale = 0.4 if seed % 3 == 0 else None
-    assert_matches_reference(dense(implementation), case, random_inputs(case, dtype=dtype), scale)
+    assert_matches_reference(attend_by(implementation), case, random_inputs(case, dtype=dtype), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [1, 7, 16])
+@pytest.mark.parametrize("seed", range(8))
+def test_dense_in_blocks_of_queries(
+    seed: int, block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "QUERY_BLOCK", block)
+    case = random_case(seed, batch=1 + seed % 3)
+    assert_matches_reference(dense_path_attention, case, random_inputs(case, dtype=dtype))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_block_of_queries_reaches_from_the_first_key_it_sees_to_the_last(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "QUERY_BLOCK", 6)
+    visible = random_case(seed).visible
+    spans = DenseMask(visible).spans
+    assert len(spans) == math.ceil(visible.shape[1] / 6)
+    for number, span in enumerate(spans):
+        rows = visible[:, 6 * number : 6 * number + 6]
+        seen = [slot for slot in range(visible.shape[2]) if rows[:, :, slot].any()]
+        # A block that sees nothing gets some key all the same, so that there is something to call.
+        assert span == ((min(seen), max(seen) + 1) if seen else (0, 1))
 
 
 @every_implementation
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
 def test_dense_heads_may_share_keys(heads: tuple[int, int], implementation: str) -> None:
     case = random_case(11)
-    assert_matches_reference(dense(implementation), case, random_inputs(case, heads, dtype=torch.float64))
+    assert_matches_reference(attend_by(implementation), case, random_inputs(case, heads, dtype=torch.float64))
 
 
 @every_implementation

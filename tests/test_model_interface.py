@@ -30,13 +30,13 @@ from tiny import TOKEN_IDS
 def test_structured_mask_is_built_once_and_for_blocks_only(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = models(architecture)
     calls: list[dict] = []
-    original = multiverse.masking_multiverse.create_causal_mask
+    original = multiverse.masking_multiverse.dense_causal_mask
 
     def spy(*args, **kwargs):
         calls.append(kwargs)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(multiverse.masking_multiverse, "create_causal_mask", spy)
+    monkeypatch.setattr(multiverse.masking_multiverse, "dense_causal_mask", spy)
     input_ids, mask = pad([WORDS, STRAY_TAGS], "left")
     logits_of(model, input_ids, attention_mask=mask)
     logits_of(model, row(WORDS), position_ids=restarting([WORDS[:6], WORDS[6:]]))

@@ -20,6 +20,7 @@ from forward import (
     texts,
 )
 from hypothesis import given
+from multiverse.masking_multiverse import dense_causal_mask
 from reference_layout import reference_layout
 from tiny import TOKEN_IDS, tiny_model
 
@@ -123,3 +124,28 @@ def test_sliding_windows_raise_on_tagged_text(architecture: str) -> None:
     model = tiny_model(architecture, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     with pytest.raises(ValueError, match=r"`config\.layer_types` .*`use_sliding_window=False`"):
         logits_of(model, row(TWO_PATHS))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_dense_mask_holds_the_rule_pair_by_pair(seed: int, with_mask: bool) -> None:
+    """Cached slots before the new tokens, room after them, padding that only the branches or only the mask know of."""
+    random = torch.Generator().manual_seed(seed)
+    first, new, spare, branches_of_a_row = 5, 7, seed % 3, 4
+    known, rows = first + new, 2
+    branches = torch.randint(-1, branches_of_a_row, (rows, known), generator=random)
+    slots = torch.nn.functional.pad(branches, (0, spare), value=-1)
+    compatible = torch.rand(rows, branches_of_a_row, branches_of_a_row, generator=random) < 0.6
+    attention_mask = (torch.rand(rows, known, generator=random) < 0.8).long() if with_mask else None
+    config = tiny_model(attention="sdpa").config
+    found = dense_causal_mask(config, slots, compatible, first, new, attention_mask, torch.float32)
+    assert found.shape == (rows, 1, new, known + spare)
+    for batch in range(rows):
+        for query in range(new):
+            for slot in range(known + spare):
+                seen = slot <= first + query and int(slots[batch, slot]) >= 0
+                seen = seen and (attention_mask is None or bool(attention_mask[batch, slot]))
+                # What a padding query sees is of no consequence; it must merely not see what it may not.
+                own = max(0, int(slots[batch, first + query]))
+                seen = seen and bool(compatible[batch, own, slots[batch, slot]])
+                assert bool(found[batch, 0, query, slot]) == seen

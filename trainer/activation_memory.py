@@ -9,9 +9,10 @@ one; the tests hold it against every tensor that autograd really saves. Operatio
   makes a copy of its own, of the input and of the weight.
 - LoRA keeps the input of its first matrix and of its second; dropout keeps a mask and makes its input a new tensor.
 - Rotary embeddings keep their tables, which all layers share. The MLP keeps four tensors of the intermediate size.
-- Attention keeps queries, keys, values (both repeated for the query heads unless a kernel reads grouped heads), output
-  and log-sum-exp; eager attention its weights instead of the latter. PyTorch's fused attention turns a bool mask into
-  an additive one, in every layer anew, and keeps it: N * N elements a layer and row.
+- Attention keeps queries, keys, values, output and log-sum-exp; eager attention its weights instead of the latter.
+- PyTorch's fused attention reads an additive mask of N * N elements a row. On a CPU all layers share one, and what
+  the blocks of a longer text give is joined in a copy, which the next layer keeps. On a GPU every layer makes its own
+  from a bool mask and keeps it, and keys and values are repeated for the query heads.
 
 Letters: T tokens of a micro-batch (rows * length), N length of a row, H hidden size, V vocabulary.
 """
@@ -20,9 +21,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-#: How attention is computed: PyTorch's fused attention with a dense mask, with keys and values repeated for the query
-#: heads or not; matrix products with a dense mask; or a kernel that takes a `PathMask`.
-ATTENTION = ("sdpa", "grouped_sdpa", "eager", "path")
+from multiverse.kernels import dense
+
+#: How attention is computed: PyTorch's fused attention with a dense mask, matrix products with a dense mask, or a
+#: kernel that takes a `PathMask`.
+ATTENTION = ("sdpa", "eager", "path")
 
 _FLOAT, _LONG = 4, 8
 #: Tiles of TRL's fused LM head: so many tokens by so many columns of the vocabulary.
@@ -70,6 +73,11 @@ class TrainingStep:
         """T."""
         return self.rows * self.length
 
+    @property
+    def blocked(self) -> bool:
+        """Whether attention is `dense_sdpa` of a CPU."""
+        return self.attention == "sdpa" and not self.on_gpu
+
 
 @dataclass(frozen=True)
 class LayerBytes:
@@ -105,7 +113,7 @@ def layer_bytes(config: Any, step: TrainingStep) -> LayerBytes:
     if config.model_type.endswith("qwen3"):
         kept += _norm_bytes(tokens * query, tokens * heads, step.compute, step)
         kept += _norm_bytes(tokens * key, tokens * kv_heads, step.compute, step)
-    grouped = step.attention in ("path", "grouped_sdpa")
+    grouped = step.attention == "path" or step.blocked
     kept += tokens * (2 * query + 2 * (key if grouped else query)) * step.compute
     mask = 0
     if step.attention == "eager":
@@ -114,8 +122,10 @@ def layer_bytes(config: Any, step: TrainingStep) -> LayerBytes:
         kept += weights * (_FLOAT + (step.compute if step.compute != _FLOAT else 0))
     else:
         kept += tokens * heads * _FLOAT
-        mask = 0 if step.attention == "path" else tokens * _mask_columns(step) * step.compute
-    kept += _linear_bytes(("o_proj",), query, (hidden,), step.compute, step, input_is_kept=True)
+        # The kernel of a GPU wants rows of 16 bytes and more.
+        mask = 0 if grouped else tokens * math.ceil(step.length / 8) * 8 * step.compute
+    joined = step.blocked and step.length > dense.QUERY_BLOCK
+    kept += _linear_bytes(("o_proj",), query, (hidden,), step.compute, step, input_is_kept=not joined)
     kept += _linear_bytes(("gate_proj", "up_proj"), hidden, (inner, inner), step.stream, step)
     kept += 3 * tokens * inner * step.compute
     kept += _linear_bytes(("down_proj",), inner, (hidden,), step.compute, step)
@@ -164,7 +174,12 @@ def shared_mask_bytes(step: TrainingStep, levels: int) -> int:
     """
     if step.attention == "path":
         return step.tokens * _FLOAT * (2 * levels + 1)
-    return step.tokens * step.length * (step.stream if step.attention == "eager" else 1)
+    return step.tokens * step.length * (step.stream if step.attention == "eager" else 1) + additive_mask_bytes(step)
+
+
+def additive_mask_bytes(step: TrainingStep) -> int:
+    """The share of `shared_mask_bytes` that autograd keeps for all layers of a fused attention together."""
+    return step.tokens * step.length * step.compute if step.blocked else 0
 
 
 def layer_working_bytes(config: Any, step: TrainingStep) -> int:
@@ -249,8 +264,3 @@ def _lora_bytes(width: int, output: int, item: int, step: TrainingStep) -> tuple
     elif fresh:
         kept += tokens * width * step.lora_item
     return kept + tokens * step.lora_rank * matmul, matmul == step.lora_item and not fresh
-
-
-def _mask_columns(step: TrainingStep) -> int:
-    # On a GPU the kernel wants rows of 16 bytes and more.
-    return math.ceil(step.length / 8) * 8 if step.on_gpu else step.length

@@ -16,6 +16,7 @@ from multiverse import TAGS, MultiverseConfig, MultiverseForCausalLM
 from multiverse.kernels.dispatch import PATH_MASK_ATTENTION, SUPPORTED_ATTENTION, TRITON
 from multiverse.trainer.activation_memory import (
     TrainingStep,
+    additive_mask_bytes,
     checkpoint_bytes,
     head_bytes,
     head_working_bytes,
@@ -122,7 +123,7 @@ def plan_memory(
     whole = layers - checkpointed
     shared_mask = shared_mask_bytes(step, mask_levels)
     # A layer that is computed again needs the mask; else autograd holds what it wants of it.
-    mask_backward = shared_mask if checkpointed or step.attention in ("path", "eager") else 0
+    mask_backward = shared_mask if checkpointed or step.attention != "sdpa" else additive_mask_bytes(step)
     kept = outer + checkpointed * hidden_bytes + whole * layer.total
     recomputed = layer.total if checkpointed else 0
     standing = state.gradients if config.gradient_accumulation_steps > 1 else 0
@@ -252,7 +253,7 @@ def _step(
     implementation = model_config.attn_implementation or "sdpa"
     attention = implementation if implementation in ("sdpa", "eager") else "path"
     if implementation in PATH_MASK_ATTENTION and implementation != TRITON and device == "cpu":
-        attention = "grouped_sdpa"
+        attention = "sdpa"
     if attention == "path" and implementation in ("flex_attention", "flash_attention_2"):
         notes.append(f"{implementation} is counted like the Triton kernels.")
     if config.activation_offloading:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from multiverse.layout import read_sequence
-from multiverse.masking_multiverse import _document_starts
+from multiverse.masking_multiverse import document_starts
 from multiverse.problems import find_problems
 
 #: What `count_structure` counts in every row of a batch, in this order.
@@ -40,7 +40,7 @@ def count_structure(batch: Mapping[str, Any], token_ids: Mapping[str, int]) -> t
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         rows = [(row[kept], [0]) for row, kept in zip(ids, mask.bool().cpu(), strict=True)]
     else:
-        starts = _document_starts(batch.get("position_ids"), batch.get("cu_seq_lens_q"), *ids.shape)
+        starts = document_starts(batch.get("position_ids"), batch.get("cu_seq_lens_q"), *ids.shape)
         rows = [_without_filling(row, [0, *(own or ())]) for row, own in zip(ids, starts, strict=True)]
     counts = [_count_row(row, starts, token_ids) for row, starts in rows]
     return torch.tensor(counts, dtype=torch.long).view(-1, len(COUNTS))

@@ -89,11 +89,10 @@ def compile_variant(variant: Variant, arch: str) -> Compiled:
     source = ASTSource(function, *call_signature(kernel, variant, function.arg_names))
     nvidia = arch.startswith("sm_")
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32) if nvidia else GPUTarget("hip", arch, 64)
-    options = {"num_warps": variant.launch.warps, "num_stages": variant.launch.stages}
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):
-            binary = triton.compile(source, target=target, options=options)
+            binary = triton.compile(source, target=target, options=variant.launch.options(target.backend))
         if nvidia:
             text, registers, spills = log.getvalue(), r"Used (\d+) registers", r"(\d+) bytes spill (?:stores|loads)"
         else:
@@ -182,17 +181,13 @@ def _verdict(results: Sequence[Compiled], gated: Sequence[str]) -> str:
 
 
 def _fails(result: Compiled, gated: Sequence[str]) -> bool:
-    return bool(result.faults) and result.arch in gated and result.arch not in result.variant.reported
+    return bool(result.faults) and result.arch in gated
 
 
 def _described(result: Compiled) -> str:
     variant = result.variant
     constants = ", ".join(f"{name}={value}" for name, value in variant.constants.items())
-    why = variant.reported.get(result.arch)
-    return (
-        f"{variant.kernel} for {result.arch} in {variant.dtype}, {constants}: {'; '.join(result.faults)}"
-        f"{f' (reported only: {why})' if why else ''}"
-    )
+    return f"{variant.kernel} for {result.arch} in {variant.dtype}, {constants}: {'; '.join(result.faults)}"
 
 
 def _check_archs(archs: Sequence[str], option: str) -> None:

@@ -5,7 +5,7 @@ A new kernel is one more entry of `KERNELS`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .launch_table import DECODE, TRAINING, Launch, padded_head_dim
@@ -38,7 +38,6 @@ class Variant:
         dtype (`str`): Triton's name for that of queries, keys and values: `"fp16"`, `"bf16"` or `"fp32"`.
         launch (`Launch`): row of the launch table.
         constants (`dict[str, int | bool]`): compile-time arguments.
-        reported (`dict[str, str]`): architectures whose faults do not count, and why.
     """
 
     kernel: str
@@ -46,7 +45,6 @@ class Variant:
     dtype: str
     launch: Launch
     constants: dict[str, int | bool]
-    reported: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,22 +101,16 @@ def call_signature(
 #: than by its format, so both formats of 16 bits share the variants.
 _TRAINING_CASES = {
     2: (("bf16", 4, True, 4), ("fp16", 4, False, 3), ("bf16", 1, False, 1)),
-    4: (("fp32", 4, True, 4),),
-}
-#: Rows of the launch table, by kernel, padded head dim and element size, for which no blocks were found that pass. For
-#: float32, which the kernels multiply without tensor cores, ptxas stops short of the registers that there are.
-_REPORTED = {
-    row: {"sm_90": "at most 80 bytes, as ptxas prefers more programs to more registers"}
-    for row in (("grad_query", 128, 4), ("grad_query", 256, 4), ("grad_key_value", 256, 4))
+    4: (("fp32", 4, True, 4), ("fp32", 1, False, 1)),
 }
 
 #: Dtype, words of branch bits and query heads per key-value head.
 _DECODE_CASES = {2: (("bf16", 1, 4), ("fp16", 2, 3)), 4: (("fp32", 1, 3),)}
 
 
-def _dims(padded: int, size: int) -> tuple[int, ...]:
+def _dims(padded: int) -> tuple[int, ...]:
     """Head dims that run with a row of the launch table: the width of a block, and one that must be padded to it."""
-    return (128, 96) if (padded, size) == (128, 2) else (padded,)
+    return (128, 96) if padded == 128 else (padded,)
 
 
 def _cases(cases: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
@@ -128,7 +120,7 @@ def _cases(cases: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
 
 def _training(kernel: str) -> Iterator[Variant]:
     for (name, padded, size), launch in TRAINING.items():
-        for dim in _dims(padded, size) if name == kernel else ():
+        for dim in _dims(padded) if name == kernel else ():
             for dtype, intervals, with_padding, group in _cases(_TRAINING_CASES[size], dim):
                 constants = {
                     "GROUP": group,
@@ -140,13 +132,13 @@ def _training(kernel: str) -> Iterator[Variant]:
                     "PADDED": with_padding,
                     "UPCAST": False,
                 }
-                yield Variant(kernel, dim, dtype, launch, constants, _REPORTED.get((name, padded, size), {}))
+                yield Variant(kernel, dim, dtype, launch, constants)
 
 
 def _decode(kernel: str) -> Iterator[Variant]:
     for (padded, size), launches in DECODE.items():
         for launch in launches:
-            for dim in _dims(padded, size):
+            for dim in _dims(padded):
                 for dtype, words, group in _cases(_DECODE_CASES[size], dim):
                     constants = {
                         "GROUP": group,

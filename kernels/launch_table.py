@@ -1,12 +1,14 @@
-"""Block sizes and warps of every Triton kernel, by head dim and element size.
+"""Block sizes, warps and registers of every Triton kernel, by head dim and element size.
 
-The rows compile for sm_80 and sm_90 without spilled registers, with asynchronous copies and within 99 KB of shared
-memory, which `python -m multiverse.kernels.compile_check` verifies; it names the few float32 rows that spill on sm_90.
-Keys with more than four intervals may spill in any row and are not checked. Speed was not measured.
+Every row compiles for sm_80 and sm_90 without a spilled register, with asynchronous copies and within 99 KB of shared
+memory, which `python -m multiverse.kernels.compile_check` verifies for keys of up to four intervals. With more, about
+half of the rows of training spill, which is not checked. Speed was not measured.
 """
 
 import math
 from typing import NamedTuple
+
+import torch
 
 
 class Launch(NamedTuple):
@@ -16,22 +18,35 @@ class Launch(NamedTuple):
         block_m (`int`): rows (queries) of a block.
         block_n (`int`): keys of a block.
         warps, stages (`int`): `num_warps` and `num_stages` of Triton.
+        registers (`int`, *optional*): what ptxas may use per thread, so NVIDIA only. By default it decides that by
+            itself, and may spill although more are free.
     """
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def arguments(self) -> dict[str, int]:
-        """Keyword arguments of a launch."""
+        """Keyword arguments of a launch on this machine; the interpreter passes over those that are options."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
+            **self.options("hip" if torch.version.hip else "cuda"),
         }
+
+    def options(self, backend: str) -> dict[str, int]:
+        """Options with which Triton compiles a kernel.
+
+        Args:
+            backend (`str`): of the target in Triton's words: `"cuda"`, or `"hip"`, which refuses a limit of registers.
+        """
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        if self.registers is not None and backend == "cuda":
+            options["maxnreg"] = self.registers
+        return options
 
 
 #: (kernel, head dim padded to a power of two, bytes per element) -> launch; for training and prefill.
@@ -39,21 +54,21 @@ TRAINING: dict[tuple[str, int, int], Launch] = {
     ("forward", 64, 2): Launch(128, 64, 8, 3),
     ("forward", 128, 2): Launch(64, 32, 8, 2),
     ("forward", 256, 2): Launch(64, 16, 8, 2),
-    ("forward", 64, 4): Launch(16, 32, 8, 2),
-    ("forward", 128, 4): Launch(16, 16, 8, 3),
+    ("forward", 64, 4): Launch(16, 16, 8, 2),
+    ("forward", 128, 4): Launch(16, 16, 8, 3, registers=255),
     ("forward", 256, 4): Launch(16, 16, 8, 2),
     ("grad_query", 64, 2): Launch(64, 32, 8, 2),
     ("grad_query", 128, 2): Launch(64, 32, 8, 2),
     ("grad_query", 256, 2): Launch(64, 16, 8, 2),
     ("grad_query", 64, 4): Launch(16, 32, 8, 2),
-    ("grad_query", 128, 4): Launch(16, 32, 8, 2),
-    ("grad_query", 256, 4): Launch(16, 16, 8, 2),
+    ("grad_query", 128, 4): Launch(16, 16, 8, 2, registers=128),
+    ("grad_query", 256, 4): Launch(16, 16, 8, 2, registers=255),
     ("grad_key_value", 64, 2): Launch(64, 32, 8, 2),
     ("grad_key_value", 128, 2): Launch(64, 32, 8, 2),
     ("grad_key_value", 256, 2): Launch(16, 32, 8, 2),
-    ("grad_key_value", 64, 4): Launch(16, 32, 8, 2),
-    ("grad_key_value", 128, 4): Launch(16, 16, 8, 2),
-    ("grad_key_value", 256, 4): Launch(16, 16, 8, 2),
+    ("grad_key_value", 64, 4): Launch(16, 32, 8, 2, registers=128),
+    ("grad_key_value", 128, 4): Launch(16, 16, 16, 2, registers=128),
+    ("grad_key_value", 256, 4): Launch(16, 16, 16, 2),
 }
 
 

@@ -291,13 +291,10 @@ def path_decode(
             GROUP=heads // kv_heads,
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
             # A power of two, so that a new word is rarely a new kernel.
             WORDS=1 << (plan.words - 1).bit_length(),
             UPCAST=upcast,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            **launch.arguments,
         )
         if splits > 1:
             _merge_kernel[(tokens * heads,)](

@@ -15,7 +15,7 @@ from multiverse.forced import HeaderTokens
 from multiverse.generation.branch import Branch, BranchStatus, Choice, Fork, Token
 from multiverse.generation.request import Request, RequestRules
 from multiverse.generation.scheduler import branches_to_run
-from strategies import trees, truncated
+from strategies import any_length, trees, truncated
 from tiny import COLON, DIGITS, DOT, EOS, NEWLINE, TOKEN_IDS, WORDS, Script, from_strategy
 
 LABEL_IDS = {**DIGITS, ".": DOT, ":": COLON}
@@ -48,7 +48,7 @@ SCRIPTS = {"two paths": TWO_PATHS, "nested": NESTED}
 budgets = st.integers(1, 150)
 path_limits = st.none() | st.integers(1, 16)
 separators = st.sampled_from([[NEWLINE], [], [NEWLINE, WORDS["z"]]])
-picks = st.lists(st.integers(0, 40), max_size=150)
+picks = any_length(st.integers(0, 40), 60)
 cut_prompts = truncated(trees(80)).map(lambda sample: from_strategy(sample.ids)).filter(bool)
 
 

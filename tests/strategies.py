@@ -161,21 +161,20 @@ def permuted(draw: st.DrawFn, max_tokens: int = MAX_TOKENS // 2) -> Sample:
     return Sample(ids)
 
 
-def _any_length(tokens: st.SearchStrategy[int], max_tokens: int) -> st.SearchStrategy[Sample]:
+def any_length(elements: st.SearchStrategy[int], longest: int) -> st.SearchStrategy[list[int]]:
     """Lists of every length alike; `st.lists` by itself prefers short ones."""
-    sizes = st.integers(0, max_tokens)
-    return sizes.flatmap(lambda size: st.lists(tokens, min_size=size, max_size=size)).map(Sample)
+    return st.integers(0, longest).flatmap(lambda size: st.lists(elements, min_size=size, max_size=size))
 
 
 def soup(max_tokens: int = MAX_TOKENS // 2) -> st.SearchStrategy[Sample]:
     """Tags and plain tokens in no order at all."""
-    return _any_length(st.one_of(_soup_tag, _soup_tag, plain), max_tokens)
+    return any_length(st.one_of(_soup_tag, _soup_tag, plain), max_tokens).map(Sample)
 
 
 def skeleton(max_tokens: int = MAX_TOKENS // 2) -> st.SearchStrategy[Sample]:
     """The tags that open and close branches, in no order: what happens after a reduce, again and again."""
     tags = ("<Path>", "<Path>", "<Parallel>", "<Conclusion>", "</Parallel>")
-    return _any_length(st.sampled_from([token_ids[tag] for tag in tags]), max_tokens)
+    return any_length(st.sampled_from([token_ids[tag] for tag in tags]), max_tokens).map(Sample)
 
 
 def shuffled(max_tokens: int = MAX_TOKENS) -> st.SearchStrategy[Sample]:

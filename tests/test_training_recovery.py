@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_script
 from multiverse.trainer.callbacks import HeldOutAnswers, StopOnNonFinite
 from multiverse.trainer.metrics import watch
 from multiverse.trainer.recovery import find_complete_checkpoint, train_resumably, why_incomplete
@@ -227,52 +227,50 @@ def test_a_finished_run_is_not_trained_any_further(uninterrupted, tmp_path):
 # ---- processes
 
 
-def command(folder: Path, *launcher: str, job: str) -> dict:
-    """Arguments of `subprocess` that start this file, on one thread."""
-    return {
-        "args": [sys.executable, *launcher, __file__, job, str(folder)],
-        "env": {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        "text": True,
-    }
-
-
 def test_a_killed_run_ends_where_an_undisturbed_one_does(uninterrupted, tmp_path):
-    whole = command(tmp_path, job="train")
-    process = subprocess.Popen(**whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert any(line.strip() == "step 5" for line in process.stdout), "the run ended early"
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    codes, printed = run_script(__file__, "killed", tmp_path)
+    assert codes == [-signal.SIGKILL], printed
     assert not (tmp_path / "losses.json").exists()
     # A later kill, in the middle of the next checkpoint.
     torn = shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-6")
     (torn / "trainer_state.json").unlink()
     cut(torn / "optimizer.pt")
 
-    again = subprocess.run(**whole, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "checkpoint-6 is incomplete" in again.stderr
+    codes, printed = run_script(__file__, "train", tmp_path)
+    assert codes == [0], printed
+    assert "checkpoint-6 is incomplete" in printed
     assert (tmp_path / "incomplete-checkpoint-6").is_dir()
     # From the checkpoint on, not from the beginning.
-    assert [line for line in again.stdout.splitlines() if line.startswith("step")] == [
+    assert [line for line in printed.splitlines() if line.startswith("step")] == [
         f"step {step}" for step in range(5, STEPS + 1)
     ]
     assert json.loads((tmp_path / "losses.json").read_text()) == uninterrupted[1]
 
 
 class TellsSteps(TrainerCallback):
-    """Prints every step, and waits after the fifth for whoever started the process, if anyone listens."""
+    """Prints every step."""
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         print(f"step {state.global_step}", flush=True)
+
+
+class Kill(TrainerCallback):
+    """Kills the process after the fifth step."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step == 5:
-            sys.stdin.readline()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder: Path) -> None:
-    """The command that is killed."""
-    trainer = run(folder, TellsSteps())
+def train(folder: Path, *callbacks: TrainerCallback) -> None:
+    """A run that leaves its losses."""
+    trainer = run(folder, TellsSteps(), *callbacks)
     (folder / "losses.json").write_text(json.dumps(losses(trainer)))
+
+
+def killed(folder: Path) -> None:
+    """A run that does not come to its end."""
+    train(folder, Kill())
 
 
 class OnlyOneProcess(TrainerCallback):
@@ -340,11 +338,8 @@ def watched(folder: Path, *callbacks: TrainerCallback, **options) -> Trainer:
 
 
 def test_two_processes_log_one_number_and_stop_together(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        **command(tmp_path / "two", *launcher, job="distributed"), capture_output=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    codes, printed = run_script(__file__, "distributed", tmp_path / "two", processes=2)
+    assert codes == [0, 0], printed
     found = [json.loads((tmp_path / "two" / f"process-{rank}.json").read_text()) for rank in range(2)]
     for result in found:
         assert (result["code"], result["step"]) == (143, 3)
@@ -377,4 +372,4 @@ def test_two_processes_log_one_number_and_stop_together(tmp_path):
 
 if __name__ == "__main__":
     Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
-    {"train": train, "distributed": distributed}[sys.argv[1]](Path(sys.argv[2]))
+    {"train": train, "killed": killed, "distributed": distributed}[sys.argv[1]](Path(sys.argv[2]))

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 def test_the_demo_answers_a_held_out_problem_in_parallel():
     app = typer.Typer()
     app.command()(main)
-    result = CliRunner().invoke(app, ["--problems", "1"])
+    # The one with the shortest answer.
+    result = CliRunner().invoke(app, ["--problems", "1", "--first", "254"])
     assert result.exit_code == 0, result.output
     assert "structure valid" in result.output
     assert "1/1 answers token for token the same" in result.output

@@ -33,8 +33,9 @@ from multiverse.kernels.triton_support import triton
 #: Architectures that must pass by default.
 GATED = ["sm_80", "sm_90"]
 
-#: Bytes of shared memory of a block: what the smallest GPU of the gated kinds' families (sm_86, sm_89) has.
+#: Bytes of shared memory of a block: what the smallest GPU of the gated kinds' families (sm_86, sm_89) has, and AMD's.
 SHARED_LIMIT = 99 * 1024
+AMD_SHARED_LIMIT = 64 * 1024
 
 _ENVIRONMENT = {"TRITON_INTERPRET": "0", "TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
 _ASYNCHRONOUS = re.compile(r"\bcp\.async\.c[ag]\b")
@@ -68,9 +69,11 @@ class Compiled:
         found = []
         if self.spills:
             found.append(f"spills {self.spills}")
-        if self.shared > SHARED_LIMIT:
-            found.append(f"needs {self.shared} bytes of shared memory, more than {SHARED_LIMIT}")
-        if KERNELS[self.variant.kernel].copies and self.arch.startswith("sm_") and not self.copies:
+        nvidia = self.arch.startswith("sm_")
+        limit = SHARED_LIMIT if nvidia else AMD_SHARED_LIMIT
+        if self.shared > limit:
+            found.append(f"needs {self.shared} bytes of shared memory, more than {limit}")
+        if KERNELS[self.variant.kernel].copies and nvidia and not self.copies:
             found.append("has no asynchronous copies")
         return found
 

@@ -43,10 +43,11 @@ class Launch(NamedTuple):
         Args:
             backend (`str`): of the target in Triton's words: `"cuda"`, or `"hip"`, which refuses a limit of registers.
         """
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        if self.registers is not None and backend == "cuda":
-            options["maxnreg"] = self.registers
-        return options
+        if backend == "hip":
+            # AMD's GPUs have 64 KB of shared memory, in which a third stage would not always fit.
+            return {"num_warps": self.warps, "num_stages": min(self.stages, 2)}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
 #: (kernel, head dim padded to a power of two, bytes per element) -> launch; for training and prefill.

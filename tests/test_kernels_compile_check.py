@@ -13,7 +13,7 @@ import torch
 from decode_cases import decode_inputs, whole_case
 from kernel_cases import random_case, random_inputs
 from multiverse.kernels import compile_check
-from multiverse.kernels.compile_check import SHARED_LIMIT, Compiled
+from multiverse.kernels.compile_check import AMD_SHARED_LIMIT, SHARED_LIMIT, Compiled
 from multiverse.kernels.compile_variants import KERNELS, Variant, all_variants, call_signature
 from multiverse.kernels.launch_table import DECODE, TRAINING
 from multiverse.kernels.path_attention import path_attention
@@ -128,7 +128,9 @@ def test_faults() -> None:
     assert replace(good, spills=8).faults == ["spills 8"]
     assert "shared memory" in replace(good, shared=SHARED_LIMIT + 1).faults[0]
     assert replace(good, copies=0).faults == ["has no asynchronous copies"]
-    assert replace(good, copies=0, arch="gfx942").faults == []
+    amd = replace(good, copies=0, arch="gfx942", shared=AMD_SHARED_LIMIT)
+    assert amd.faults == []
+    assert "shared memory" in replace(amd, shared=AMD_SHARED_LIMIT + 1).faults[0]
     assert replace(good, copies=0, error="does not compile").faults == ["does not compile"]
     merge = next(each for each in VARIANTS if each.kernel == "decode_merge")
     assert replace(good, copies=0, variant=merge).faults == []

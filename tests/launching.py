@@ -1,5 +1,6 @@
 """Processes: what `accelerate launch` makes of the shipped configurations, and test files that run as scripts."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -77,5 +78,6 @@ def _become(command: list[str], environment: dict[str, str], printed: str) -> No
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # trainers collect at the start of every run
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")

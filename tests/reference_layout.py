@@ -60,11 +60,17 @@ def reference_layout(
     branches = _branches(blocks, starts, document_of, memberships)
     positions = _positions(blocks, starts, branches)
     length = len(names)
+    # The tokens of a path all have one membership: a conflict is looked for once for every two of them that differ.
+    numbers: dict[tuple[tuple[int, int], ...], int] = {}
+    membership_of = [numbers.setdefault(tuple(around.items()), len(numbers)) for around in memberships]
+    conflicts = [[_conflict(dict(one), dict(other)) for other in numbers] for one in numbers]
 
-    def sees(i: int, j: int) -> bool:
-        return j <= i and document_of[i] == document_of[j] and not _conflict(memberships[i], memberships[j])
+    def sees(i: int) -> list[bool]:
+        conflict = conflicts[membership_of[i]]
+        before = range(i + 1)
+        return [document_of[i] == document_of[j] and not conflict[membership_of[j]] for j in before]
 
-    visible = [[sees(i, j) for j in range(length)] for i in range(length)]
+    visible = [sees(i) + [False] * (length - i - 1) for i in range(length)]
     return ReferenceLayout(visible=visible, positions=positions, branches=branches)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import no_reading
+from cases import quick_collection  # noqa: F401
 from datasets import Dataset
 from multiverse.trainer.collator import LayoutCollator, add_layouts
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
@@ -13,6 +14,8 @@ from peft import LoraConfig
 from training import RUN, documents_of, fresh, losses, sft_config, short_samples
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTTrainer
+
+pytestmark = pytest.mark.usefixtures("quick_collection")  # trainers collect at the start of every run
 
 
 def compared_runs(build: Callable[[int], Trainer]) -> tuple[Trainer, Trainer]:

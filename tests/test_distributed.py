@@ -1,16 +1,14 @@
 """Two processes train as one: DDP, and FSDP2 with sharded checkpoints; what would be wrong in silence is refused.
 
-accelerate shards on accelerators only and runs DDP on CPUs instead. The worker at the end of this file, which torchrun
-starts, tells it after the process group is made that its processes have GPUs: that one word is all that is not as on
-GPUs. Everything else is accelerate's, transformers' and TRL's own code on a gloo mesh, set up by the shipped
-configuration through accelerate's own launcher.
+accelerate shards on accelerators only and runs DDP on CPUs instead. The worker at the end of this file tells it after
+the process group is made that its processes have GPUs: that one word is all that is not as on GPUs. Everything else is
+accelerate's, transformers' and TRL's own code on a gloo mesh, set up by the shipped configuration through accelerate's
+own launcher.
 """
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,9 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy, merge_fsdp_weights
+from cases import quick_collection  # noqa: F401
 from datasets import Dataset
-from launching import CONFIGS, launch_environment
+from launching import CONFIGS, launch_environment, run_script
 from multiverse import MultiverseForCausalLM, add_multiverse_tokens
 from multiverse.trainer.memory_plan import plan_memory
 from multiverse.trainer.parallelism import check_parallelism, gather_trained_head, save_consolidated
@@ -31,6 +30,8 @@ from peft import LoraConfig, PeftModel
 from tiny import ARCHITECTURES, goal, tiny_config, tiny_ids, tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer
+
+pytestmark = pytest.mark.usefixtures("quick_collection")  # trainers collect at the start of every run
 
 STEPS, SAVED = 4, 2
 
@@ -90,14 +91,10 @@ def losses(trainer: SFTTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def torchrun(folder: Path, part: str) -> dict[str, Any]:
+def in_two_processes(folder: Path, part: str) -> dict[str, Any]:
     """Runs the worker below in two processes and returns what its first one reports."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*command, str(folder), part], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    codes, printed = run_script(__file__, folder, part, processes=2)
+    assert codes == [0, 0], printed[-12000:]
     return json.loads((folder / f"{part}.json").read_text())
 
 
@@ -120,8 +117,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "lora_model": lora.model.eval(),
         "alone": losses(alone),
         "model": alone.model.eval(),
-        **torchrun(folder, "first"),
-        **torchrun(folder, "second"),
+        **in_two_processes(folder, "first"),
+        **in_two_processes(folder, "second"),
     }
 
 
@@ -243,7 +240,7 @@ def test_other_parallelism_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_context_parallelism_does_to_a_mask_is_worth_refusing() -> None:
     ids = torch.tensor([tiny_ids(f"a b {goal(['1', '2'])} <Path> 1 c </Path> <Path> 2 d </Path> <Conclusion> e")])
-    model = tiny_model()
+    model = tiny_model(attention="eager")  # as `sdpa` on a GPU; on a CPU that has the mask in one more argument
     with torch.no_grad():
         right = model(ids).logits
         _attach_context_parallel_hooks(model)
@@ -251,7 +248,7 @@ def test_what_context_parallelism_does_to_a_mask_is_worth_refusing() -> None:
     assert (right - wrong).abs().max() > 1e-2
 
 
-# The worker: everything below runs in the processes that torchrun starts.
+# The worker: everything below runs in two processes.
 
 
 def pretend_gpus() -> None:

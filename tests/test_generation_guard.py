@@ -2,12 +2,11 @@
 
 import gc
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from cases import both_modes
+from cases import both_modes, quick_collection  # noqa: F401
 from decoding import Boost, decode, layout_of, padded, real_tokens
 from tiny import EOS, TOKEN_IDS, WORDS, tiny_ids, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -76,14 +75,6 @@ def test_tags_that_a_prompt_talks_about_do_not_bind_the_model() -> None:
 def _resident() -> int:
     """Bytes of memory that the process holds."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-@pytest.fixture
-def quick_collection() -> Iterator[None]:
-    """What is there already is not looked through at every collection."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

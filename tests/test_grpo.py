@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import quick_collection  # noqa: F401
 from datasets import Dataset
 from grpo_runs import MIXED, fresh, grpo_config, recomputed, rollouts, trained_tokens, with_adapter, word_trainer
 from multiverse.trainer.choice import CHOICE_PROBLEMS, FREE_PROMPT, mixture, rollout_row, write_mixture
@@ -16,6 +17,8 @@ from multiverse.trainer.synthetic import generate_problems
 from peft import PeftModel
 from tiny import tiny_model
 from trl import GRPOConfig, ModelConfig, TrlParser
+
+pytestmark = pytest.mark.usefixtures("quick_collection")  # trainers collect at the start of every run
 
 
 def test_advantages_are_centred_in_the_group_and_not_scaled(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import quick_collection  # noqa: F401
 from datasets import Dataset
 from multiverse import MultiverseForCausalLM
 from torch.nn.functional import logsigmoid
@@ -36,6 +37,8 @@ from transformers import (
     TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, SFTTrainer
+
+pytestmark = pytest.mark.usefixtures("quick_collection")  # trainers collect at the start of every run
 
 #: Weights at which branches show in the loss, and float32 still keeps it to 1e-4.
 SCALE = 0.2

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import quick_collection  # noqa: F401
 from launching import run_script
 from multiverse.trainer.callbacks import HeldOutAnswers, StopOnNonFinite
 from multiverse.trainer.metrics import watch
@@ -22,6 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback
 from watched_runs import losses, messages, tiny_trainer
+
+pytestmark = pytest.mark.usefixtures("quick_collection")  # trainers collect at the start of every run
 
 #: In the middle of an epoch of four.
 STEPS = 7

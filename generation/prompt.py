@@ -26,12 +26,12 @@ def adopt_prompt(request: "Request") -> None:
     stacks = _open_tags(request)
 
     branch = request.root
-    branch.visible, branch.grammar = visible[0], TagGrammar(stack=stacks[0])
+    branch.visible, branch.grammar = visible[0], TagGrammar(stack=_tags_outside_blocks(stacks[0]))
     waiting: list[tuple[Branch, Block, list[Branch]]] = []
     for block, stack in zip(machine.open_blocks, stacks[1:], strict=True):
         branch.blocks.append(block)
         if not block.in_path:
-            branch.grammar.stack += stack
+            branch.grammar.stack += _tags_in_block(block, branch.grammar.stack[-1], stack)
             continue
         labels = path_labels(branch.label, [read_label(request.prompt, path.start + 1)[0] for path in block.paths])
         paths = []
@@ -44,12 +44,12 @@ def adopt_prompt(request: "Request") -> None:
         branch.status = BranchStatus.WAITING
         branch = paths[-1]
         branch.status, branch.finish_reason = BranchStatus.RUNNING, None
-        branch.grammar = TagGrammar(stack=stack if stack and stack[0].name == "Path" else [OpenTag("Path", 0), *stack])
+        branch.grammar = TagGrammar(stack=[OpenTag("Path", 0), *_tags_outside_blocks(stack)])
 
     branch.next_position = machine.next_position
     for each in (branch, *(parent for parent, _, _ in waiting)):
         request.count_open_tags(each)
-    kept = _recall(request, [branch, *(each for parent, _, paths in waiting for each in (parent, *paths[:-1]))])
+    _recall(request, [branch, *(each for parent, _, paths in waiting for each in (parent, *paths[:-1]))])
     innermost = machine.open_blocks[-1] if machine.open_blocks else None
     # Read now: a fork adds its paths to the same block.
     path_closed = innermost is not None and innermost.in_path and innermost.paths[-1].close is not None
@@ -69,12 +69,9 @@ def adopt_prompt(request: "Request") -> None:
             branch.grammar.stack.clear()
             request.count_open_tags(branch)
             request.finish_path(branch, "prompt", branch.path.last_position, separator=last_tag == "</Path>")
-    elif innermost.conclusion is None and not innermost.paths:
-        if innermost.goal_close is None:
-            innermost.outlines = [kept[start] for start in innermost.outlines]
-        else:
-            request.force(branch, request.rules.header.separator if last_tag == "</Goal>" else [])
-            request.fork(branch, innermost, _labels(request, branch, innermost), [])
+    elif innermost.goal_close is not None and innermost.conclusion is None and not innermost.paths:
+        request.force(branch, request.rules.header.separator if last_tag == "</Goal>" else [])
+        request.fork(branch, innermost, _labels(request, branch, innermost), [])
 
 
 def _labels(request: "Request", branch: Branch, block: Block) -> list[str]:
@@ -118,15 +115,39 @@ def _open_tags(request: "Request") -> list[list[OpenTag]]:
     return stacks
 
 
-def _recall(request: "Request", branches: list[Branch]) -> dict[int, int]:
-    """Gives each branch the part of the prompt it may see; returns, for the first one, index in it by prompt index."""
+def _tags_outside_blocks(stack: list[OpenTag]) -> list[OpenTag]:
+    """The tags of `stack` that mean something to a branch outside its own blocks.
+
+    A stray `<Goal>`, be it talk about tags or one that follows a path, opens nothing that could be closed.
+    """
+    return [entry for entry in stack if entry.name in ("Think", "Parallel")]
+
+
+def _tags_in_block(block: Block, parallel: OpenTag, stack: list[OpenTag]) -> list[OpenTag]:
+    """The tags of `stack` that a branch inside `block` has to close.
+
+    Malformed prompts may hold several goals, or a goal after the conclusion. Structure knows one goal, which opens
+    the paths; tags that say otherwise open nothing that could be closed.
+    """
+    if block.goal_close is not None or block.paths:
+        parallel.goals = max(parallel.goals, 1)
+        return [entry for entry in stack if entry.name not in ("Goal", "Outline")]
+    if stack and stack[0].name == "Goal":
+        # Its paths are still to come, so the conclusion is too.
+        parallel.conclusions = 0
+    return stack
+
+
+def _recall(request: "Request", branches: list[Branch]) -> None:
+    """Gives each branch the part of the prompt it may see, and the outlines of goals it has yet to close in terms of
+    that part."""
     owners = expand_runs(request.machine)[0].tolist()
-    kept: dict[int, int] = {}
-    for number, branch in enumerate(dict.fromkeys([*branches, request.root])):
+    for branch in dict.fromkeys([*branches, request.root]):
         assert branch.visible is not None
         indices = [index for index, owner in enumerate(owners) if owner in branch.visible]
         branch.history = [request.prompt[index] for index in indices]
         branch.inherited = len(branch.history)
-        if number == 0:
-            kept = {index: place for place, index in enumerate(indices)}
-    return kept
+        kept = {index: place for place, index in enumerate(indices)}
+        for block in branch.blocks:
+            if block.goal_close is None and not block.paths:
+                block.outlines = [kept[start] for start in block.outlines]

@@ -14,6 +14,7 @@ from multiverse.problems import OpenTag
 from multiverse.structure import Block, StructureMachine
 
 from .branch import Branch, BranchStatus, Choice, Token
+from .closing import CONCLUSION, GOAL_AND_PATH, closing_tag, cost_to_close, may_fork
 from .prompt import adopt_prompt, path_labels
 
 
@@ -166,7 +167,7 @@ class Request:
         if self._asked[0] != self.steps:
             self._asked = (self.steps, self.root.running())
         room //= max(self._asked[1], 1)
-        if room <= _GOAL_AND_PATH + _CONCLUSION:
+        if room <= GOAL_AND_PATH + CONCLUSION:
             # What could not be closed within a branch's share of the budget is not offered, as it would end the whole
             # request: the branch goes on with plain text instead.
             openers = allowed & {"<Think>", "<Parallel>", "<Outline>"}
@@ -214,7 +215,7 @@ class Request:
                 self._close_branch(child)
         while left := self._to_close(branch):
             position = branch.next_position
-            tag, forks = _closing_tag(left[-1]), _may_fork(branch)
+            tag, forks = closing_tag(left[-1]), may_fork(branch)
             self._force_tag(branch, tag)
             if tag == "</Goal>" and forks:
                 self._fork_closed(branch, branch.blocks[-1])
@@ -230,11 +231,11 @@ class Request:
         if tag is None:
             return 1
         if tag == "<Parallel>":
-            return 1 + _GOAL_AND_PATH + _CONCLUSION
+            return 1 + GOAL_AND_PATH + CONCLUSION
         if tag == "<Think>":
             return 2
         if tag == "<Outline>" and branch.grammar.stack[-1].outlines:
-            return 4 if _may_fork(branch) else 2
+            return 4 if may_fork(branch) else 2
         if tag == "</Path>":
             return separator
         if tag != "</Goal>" or not branch.blocks:
@@ -348,7 +349,7 @@ class Request:
 
     def count_open_tags(self, branch: Branch) -> None:
         """Brings `closing_cost` up to date after the open tags of `branch` have changed."""
-        cost = sum(_cost_to_close(entry, branch) for entry in self._to_close(branch))
+        cost = cost_to_close(branch, len(self._to_close(branch)))
         self.closing_cost += cost - branch.closing_cost
         branch.closing_cost = cost
 
@@ -363,38 +364,3 @@ class Request:
         prompt = len(self.prompt)
         first = (depth for depth, tag in enumerate(stack) if tag.name == "Parallel" or tag.index >= prompt)
         return stack[next(first, len(stack)) :]
-
-
-#: `<Goal><Outline></Outline></Goal><Path></Path>`, and `<Conclusion></Conclusion></Parallel>`.
-_GOAL_AND_PATH, _CONCLUSION = 6, 3
-
-
-def _may_fork(branch: Branch) -> bool:
-    """Whether the innermost block of `branch` is still before its paths."""
-    return bool(branch.blocks) and branch.blocks[-1].goal_position is None and not branch.blocks[-1].paths
-
-
-def _needs_goal(entry: OpenTag) -> bool:
-    return entry.name == "Parallel" and not (entry.goals or entry.paths or entry.conclusions)
-
-
-def _closing_tag(entry: OpenTag) -> str:
-    """The tag to write next on the way to closing `entry`."""
-    if _needs_goal(entry):
-        return "<Goal>"
-    if entry.name == "Goal" and not entry.outlines:
-        return "<Outline>"
-    if entry.name == "Parallel" and not entry.conclusions:
-        return "<Conclusion>"
-    return f"</{entry.name}>"
-
-
-def _cost_to_close(entry: OpenTag, branch: Branch) -> int:
-    """Tokens that closing one open tag of `branch` takes, those inside it left out."""
-    if entry.name == "Parallel" and not entry.conclusions:
-        return _CONCLUSION + _GOAL_AND_PATH * _needs_goal(entry)
-    if entry.name == "Goal":
-        missing = 0 if entry.outlines else 1
-        paths = len(branch.blocks[-1].outlines) + missing if _may_fork(branch) else 0
-        return 1 + 2 * missing + 2 * paths
-    return 1

@@ -29,7 +29,7 @@ from scripted_requests import (
     separators,
     sequence,
 )
-from strategies import shuffled
+from strategies import any_length, shuffled
 from tiny import COLON, EOS, NEWLINE, TOKEN_IDS, WORDS, Script, from_strategy, tiny_ids
 
 any_prompts = shuffled(70).map(lambda sample: from_strategy(sample.ids)).filter(bool)
@@ -78,14 +78,19 @@ def test_what_a_cut_prompt_leaves_open_is_closed_within_the_budget(
 
 
 @examples(150)
-@example(tiny_ids("<Think> a <Parallel> <Goal> </Think> b"), [], None, True)
-@example(tiny_ids("<Think> <Parallel> <Goal> <Outline> </Outline> </Goal> <Path> </Think>"), [], None, True)
-@example(tiny_ids("<Parallel> <Conclusion> <Path> a"), [], None, True)
-@given(any_prompts, st.lists(st.integers(0, 40), max_size=150), path_limits, st.booleans())
+@example(tiny_ids("<Think> a <Parallel> <Goal> </Think> b"), [], 300, None, True)
+@example(tiny_ids("<Think> <Parallel> <Goal> <Outline> </Outline> </Goal> <Path> </Think>"), [], 300, None, True)
+@example(tiny_ids("<Parallel> <Conclusion> <Path> a"), [], 300, None, True)
+@given(any_prompts, any_length(st.integers(0, 40), 150), st.integers(10, 300), path_limits, st.booleans())
 def test_malformed_prompt_goes_on_where_its_layout_says(
-    prompt: list[int], numbers: list[int], limit: int | None, parallel: bool
+    prompt: list[int], numbers: list[int], budget: int, limit: int | None, parallel: bool
 ) -> None:
-    request = new_request(prompt, rules(300, max_path_tokens=limit))
+    try:
+        request = new_request(prompt, rules(budget, max_path_tokens=limit))
+    except ValueError:
+        unlimited = new_request(prompt)
+        assert unlimited.made + unlimited.closing_cost > budget
+        return
     played = play(request, picking(numbers), None if parallel else 1)
     # Where a path stands after its block's conclusion, what is seen has no one order.
     check_order(request, played, check_finished(request, histories=False))
@@ -173,6 +178,28 @@ CLOSINGS = {
     ),
     "<Parallel> <Path> a </Path> _ <Conclusion> b </Conclusion>": "</Parallel>",
     "<Parallel> <Path> a </Path> _ <Conclusion> b </Conclusion> </Parallel>": "",
+    # Malformed: what structure knows nothing of is not closed, outlines anywhere before the paths get one each.
+    "a <Goal> <Outline> b": "",
+    "<Parallel> <Goal> <Parallel>": (
+        "<Goal> <Outline> </Outline> </Goal> <Path> </Path> <Conclusion> </Conclusion> </Parallel> "
+        "<Outline> </Outline> </Goal> <Path> </Path> <Conclusion> </Conclusion> </Parallel>"
+    ),
+    "<Parallel> <Goal> <Outline> 1 : b </Outline> <Parallel>": (
+        "<Goal> <Outline> </Outline> </Goal> <Path> </Path> <Conclusion> </Conclusion> </Parallel> "
+        "</Goal> <Path> </Path> <Conclusion> </Conclusion> </Parallel>"
+    ),
+    "<Parallel> <Outline> b": (
+        "</Outline> <Goal> <Outline> </Outline> </Goal> <Path> </Path> <Path> </Path> <Conclusion> </Conclusion> "
+        "</Parallel>"
+    ),
+    "<Parallel> <Conclusion> a <Goal>": (
+        "<Outline> </Outline> </Goal> <Path> </Path> <Conclusion> </Conclusion> </Parallel>"
+    ),
+    "<Parallel> </Goal> <Parallel>": (
+        "<Goal> <Outline> </Outline> </Goal> <Path> </Path> <Conclusion> </Conclusion> </Parallel> "
+        "<Conclusion> </Conclusion> </Parallel>"
+    ),
+    "<Parallel> <Path> a <Goal> <Outline>": "</Path> <Conclusion> </Conclusion> </Parallel>",
 }
 
 

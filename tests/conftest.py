@@ -2,7 +2,11 @@
 kernels and torch run."""
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background by a shell script; the tests interrupt themselves and their processes.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is imported: workers that each use all cores wait for one another most of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -197,6 +197,17 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
     assert find_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path):
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer = tiny_trainer(tmp_path, callbacks=[Signals(signal.SIGINT, step=1)], **{**RUN, "max_steps": 2})
+        train_resumably(trainer)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert trainer.state.global_step == 2
+
+
 def test_sigterm_is_left_to_transformers_where_it_was_asked_to_handle_it(tmp_path):
     handler = signal.getsignal(signal.SIGTERM)
     try:

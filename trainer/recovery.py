@@ -179,10 +179,15 @@ class StopAtStepEnd(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receives the signals inside. Python hands them to the main thread only; elsewhere nothing changes."""
+        """Receives the signals inside.
+
+        Python hands them to the main thread only; elsewhere nothing changes. A signal that is ignored (Ctrl-C by what
+        a shell script starts in the background) stays ignored.
+        """
         if threading.current_thread() is threading.main_thread():
             wanted = [signal.SIGINT] if self.trainer.args.enable_jit_checkpoint else [signal.SIGINT, signal.SIGTERM]
-            self._previous = {number: signal.signal(number, self._receive) for number in wanted}
+            heard = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._receive) for number in heard}
         try:
             yield
         finally:

@@ -63,7 +63,8 @@ def answers(model: Any, tokenizer: Any, problems: list[Problem], **options: Any)
         [free_messages(problem, "sequential")["prompt"] for problem in problems],
         add_generation_prompt=True,
         padding=True,
-        padding_side="left",
+        # `padding_side` itself would be taken for a variable of the template, and ignored.
+        tokenizer_kwargs={"padding_side": "left"},
         return_tensors="pt",
         return_dict=True,
     )

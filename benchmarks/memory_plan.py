@@ -1,7 +1,7 @@
 """The memory plan of small training runs against the memory they really take: growth of the resident set.
 
 `python -m benchmarks.memory_plan`. Linux only: it reads and resets the high-water mark of the process in /proc. Every
-run is three steps of the stock SFTTrainer in a process of its own, after a run of a much smaller model (so that what
+run is a few steps of the stock SFTTrainer in a process of its own, after a run of a much smaller model (so that what
 Python and PyTorch load on first use is not counted). glibc is told to take every tensor from the system and to give it
 back when it is freed, so that the resident set is what is alive, without the fragments that its heap would keep.
 """
@@ -35,7 +35,6 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 from benchmarks.mask_memory import resident
 from benchmarks.measure import load_of_others, store
 
-LAYERS, STEPS = 8, 3
 SHAPE = {
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -58,6 +57,7 @@ class Run:
         architecture (`str`), vocabulary (`int`), tied (`bool`): of the model.
         length (`int`): tokens of a micro-batch.
         ranks (`int`): processes that FSDP2 shards the run over.
+        layers (`int`), steps (`int`): of the model and of the run.
     """
 
     training: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +67,8 @@ class Run:
     tied: bool = False
     length: int = 1536
     ranks: int = 1
+    layers: int = 8
+    steps: int = 3
 
 
 _WHOLE, _CHECKPOINTED = {"gradient_checkpointing": False}, {"gradient_checkpointing": True}
@@ -89,6 +91,7 @@ RUNS: dict[str, Run] = {
     "full, short text, AdamW in a loop": Run({**_WHOLE, "optim": "adamw_torch"}, vocabulary=256, length=96),
     "full, checkpointing, FSDP2": Run(_CHECKPOINTED, ranks=2),
     "full, few words, FSDP2": Run(_WHOLE, vocabulary=256, ranks=2),
+    "full, checkpointing, 32,768 tokens": Run(_CHECKPOINTED, vocabulary=256, length=32_768, layers=2, steps=1),
 }
 
 
@@ -125,32 +128,32 @@ def arguments(run: Run, folder: str) -> tuple[SFTConfig, ModelConfig]:
         fsdp=run.ranks > 1,
         fsdp_config=dict(sharded) if run.ranks > 1 else None,
         use_cpu=True,
-        max_steps=STEPS,
+        max_steps=run.steps,
         per_device_train_batch_size=1,
         max_length=run.length,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        logging_steps=STEPS,
+        logging_steps=run.steps,
         **{"bf16": False, **run.training},
     )
     return config, ModelConfig(**run.model)
 
 
-def model_configuration(run: Run, layers: int) -> MultiverseConfig:
-    """Of the model of a run, with fewer layers if so wanted."""
+def model_configuration(run: Run) -> MultiverseConfig:
+    """Of the model of a run."""
     config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[run.architecture]
-    shape = {**SHAPE, "vocab_size": run.vocabulary, "num_hidden_layers": layers, "tie_word_embeddings": run.tied}
+    shape = {**SHAPE, "vocab_size": run.vocabulary, "num_hidden_layers": run.layers, "tie_word_embeddings": run.tied}
     config = MultiverseConfig.from_base(config_class(**shape, head_dim=64))
     config.multiverse_token_ids = dict(TOKEN_IDS)
     return config
 
 
-def train(run: Run, layers: int) -> None:
+def train(run: Run) -> None:
     """A few steps of the stock trainer on rows of one length."""
     with tempfile.TemporaryDirectory() as folder:
         config, model_config = arguments(run, folder)
-        base = model_configuration(run, layers)
+        base = model_configuration(run)
         base._attn_implementation = model_config.attn_implementation or "sdpa"
         torch.set_default_dtype(getattr(torch, str(model_config.dtype)))
         model = MultiverseForCausalLM(base)
@@ -163,7 +166,7 @@ def train(run: Run, layers: int) -> None:
         trainer = SFTTrainer(
             model,
             config,
-            train_dataset=Dataset.from_list([{"input_ids": row, "labels": row}] * 2 * STEPS * run.ranks),
+            train_dataset=Dataset.from_list([{"input_ids": row, "labels": row}] * 2 * run.steps * run.ranks),
             processing_class=tokenizer(run.vocabulary),
             peft_config=None if lora is None else add_tag_rows(lora, model),
         )
@@ -178,12 +181,12 @@ def measure(name: str) -> dict[str, int]:
     disable_progress_bars()
     torch.set_num_threads(1)
     run = RUNS[name]
-    train(replace(run, length=192), layers=1)
+    train(replace(run, length=192, layers=1))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    train(run, LAYERS)
+    train(run)
     return {"growth": resident("VmHWM") - before, "before": before}
 
 
@@ -197,7 +200,7 @@ def planned(run: Run) -> MemoryPlan:
     """The plan of a run."""
     with tempfile.TemporaryDirectory() as folder:
         config, model_config = arguments(run, folder)
-        base = model_configuration(run, LAYERS)
+        base = model_configuration(run)
         return plan_memory(config, model_config, base=base, ranks=run.ranks, device="cpu")
 
 
@@ -211,7 +214,7 @@ def main(
     os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
     os.environ["OMP_NUM_THREADS"] = "1"
     console = Console(width=110)
-    table = Table(title=f"three steps of a model of {LAYERS} layers, CPU, 1 thread")
+    table = Table(title="steps of small models, CPU, 1 thread")
     for column in ("run", "parameters", "trained", "planned MB", "measured MB", "off by", "peak at"):
         table.add_column(column, justify="left" if column in ("run", "peak at") else "right")
     rows, busy = [], []

@@ -1,15 +1,18 @@
 """Stock SFTTrainer on Multiverse models: one loss in every batching mode, LoRA, saving, reloading, merging."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from multiverse import BranchLayout
 from multiverse.forced import HeaderTokens, forced_token_mask
+from multiverse.trainer.callbacks import HeldOutAnswers
 from multiverse.trainer.labels import IGNORE_INDEX, mask_forced_labels
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
-from multiverse.trainer.sft import MultiverseScriptArguments, load_model_and_tokenizer, main
+from multiverse.trainer.sft import MultiverseScriptArguments, build_trainer, load_model_and_tokenizer, main
+from multiverse.trainer.training_data import load_data
 from peft import LoraConfig, PeftModel
 from tiny import tiny_config, tiny_tokenizer
 from training import fresh, sft_config, short_samples
@@ -163,6 +166,46 @@ def test_the_script_trains_a_plain_checkpoint_that_reloads(samples, tmp_path):
 
     resumed = main(*parser.parse_args_and_config([*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]))
     assert resumed.state.global_step == 3
+
+
+def test_the_script_answers_held_out_problems_and_judges_them(tmp_path):
+    model, tokenizer = fresh()
+    script = MultiverseScriptArguments(
+        synthetic_samples=2, synthetic_test_samples=5, answer_samples=3, answer_steps=2, answer_tokens=6
+    )
+    data = load_data(script, 0, tokenizer, None)
+    config = sft_config(tmp_path, max_steps=2, max_length=4096)
+    trainer = build_trainer(model, tokenizer, data, script, config, ModelConfig())
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, HeldOutAnswers))
+    trainer.train()
+    kept = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in kept] == [2, 2, 2]
+    assert any("eval_generation_accuracy" in entry for entry in trainer.state.log_history)
+
+    row, other = data["test"][0], data["test"][1]
+    own = row["completion"][-1]["content"]
+    assert callback.judge(own, row)
+    assert not callback.judge(own, other)
+    assert not callback.judge("I do not know.", row)
+    assert not callback.judge("I do not know.", {"completion": [{"content": "Nobody knows."}]})
+
+
+def test_answers_to_a_dataset_of_ones_own_are_not_judged(samples, tmp_path):
+    model, tokenizer = fresh()
+    script = MultiverseScriptArguments(answer_samples=1, dataset_test_split="held_out")
+    rows = DatasetDict({"train": samples, "held_out": samples})
+    trainer = build_trainer(model, tokenizer, rows, script, sft_config(tmp_path), ModelConfig())
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, HeldOutAnswers))
+    assert callback.judge is None
+    with pytest.raises(ValueError, match=r"`answer_samples` is 1.*'held_out'"):
+        build_trainer(*fresh(), DatasetDict({"train": samples}), script, sft_config(tmp_path), ModelConfig())
+
+
+@pytest.mark.parametrize(("name", "value"), [("answer_samples", -1), ("answer_steps", -1), ("answer_tokens", 0)])
+def test_impossible_rounds_of_answers_are_refused_before_anything_is_loaded(name, value, tmp_path):
+    script = MultiverseScriptArguments(synthetic_samples=2, **{name: value})
+    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
+        main(script, sft_config(tmp_path), ModelConfig(model_name_or_path="unused"))
 
 
 def test_bad_script_arguments_are_named(tmp_path):

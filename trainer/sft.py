@@ -140,9 +140,17 @@ def build_trainer(
         add_layouts(trainer)
     watch(trainer)
     trainer.add_callback(StopOnNonFinite(trainer))
-    if script.answer_samples > 0:
+    if script.answer_samples:
         trainer.add_callback(_answers(trainer, dataset, script))
     return trainer
+
+
+def _check_answers(script: MultiverseScriptArguments) -> None:
+    """Refuses numbers that no round of answers can be made with."""
+    for name, least in (("answer_samples", 0), ("answer_steps", 0), ("answer_tokens", 1)):
+        value = getattr(script, name)
+        if value < least:
+            raise ValueError(f"`{name}` is {value}. Give {least} or more.")
 
 
 def _answers(trainer: SFTTrainer, dataset: DatasetDict, script: MultiverseScriptArguments) -> HeldOutAnswers:
@@ -169,6 +177,7 @@ def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: Mod
     """Trains and saves; the checkpoint reloads with `MultiverseForCausalLM.from_pretrained` (or PEFT, for LoRA)."""
     check_parallelism(config)
     check_data_arguments(script)
+    _check_answers(script)
     arguments = {
         "revision": model_config.model_revision,
         "attn_implementation": model_config.attn_implementation,

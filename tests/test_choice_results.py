@@ -48,32 +48,3 @@ def test_the_command_counts_what_it_kept(speaker, tmp_path, monkeypatch):
         assert results[name]["sequential_steps"] <= LONGEST
         parts = [results[name][form]["of"] for form in ("forked", "sequential") if form in results[name]]
         assert sum(parts) == 3
-
-
-@pytest.mark.parametrize(
-    ("forked", "right", "expected"),
-    [
-        ([True, True, False, False], [True, False, True, True], {"forked": (1, 2), "sequential": (2, 2)}),
-        ([False, False], [True, False], {"sequential": (1, 2)}),
-    ],
-)
-def test_forms_are_counted_apart(forked, right, expected):
-    records = [{"forked": a, "right": b} for a, b in zip(forked, right, strict=True)]
-    found = choice_results.by_form(records)
-    assert found.pop("fork_share") == sum(forked) / len(forked)
-    assert {form: (each["right"], each["of"]) for form, each in found.items()} == expected
-    assert all(
-        low < each["right"] / each["of"] <= high for each in found.values() for low, high in [each["interval_95"]]
-    )
-
-
-def test_a_run_is_read_from_its_newest_checkpoint(tmp_path):
-    entry = dict.fromkeys(choice_results.CURVES, 0.5)
-    for step in (5, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        history = [{"step": number, "loss": 1.0, **entry} for number in range(1, step + 1)] + [{"step": step}]
-        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
-    assert choice_results.run_log(tmp_path) == [{"step": number, **entry} for number in range(1, 11)]
-    with pytest.raises(ValueError, match=r"`run`.*no checkpoint"):
-        choice_results.run_log(tmp_path / "checkpoint-5")

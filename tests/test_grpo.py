@@ -11,6 +11,7 @@ from grpo_runs import MIXED, fresh, grpo_config, recomputed, rollouts, trained_t
 from multiverse.trainer.choice import CHOICE_PROBLEMS, FREE_PROMPT, mixture, rollout_row, write_mixture
 from multiverse.trainer.choice_results import answers, by_form, run_log
 from multiverse.trainer.grpo import GRPOScriptArguments, build_trainer, check_arguments, main
+from multiverse.trainer.recovery import resume_option
 from multiverse.trainer.rewards import AccelerationReward, AnswerReward, FormatReward
 from multiverse.trainer.sft import load_model_and_tokenizer
 from multiverse.trainer.synthetic import generate_problems
@@ -92,8 +93,25 @@ def test_the_script_trains_evaluates_saves_and_resumes(tmp_path: Path) -> None:
     saved, _ = load_model_and_tokenizer(str(tmp_path / "out"))
     assert all(torch.equal(weight, trained[name]) for name, weight in saved.state_dict().items())
 
-    resumed = main(*parser.parse_args_and_config([*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]))
-    assert resumed.state.global_step == 3
+    # The same command goes on by itself, and trains nothing where all is done.
+    again = main(*parser.parse_args_and_config(arguments))
+    assert (again.state.global_step, again.is_in_train) == (2, False)
+    assert [entry["step"] for entry in again.state.log_history if "fork_share" in entry] == [1, 2]
+    resumed = main(*parser.parse_args_and_config([*arguments, "--max_steps", "3"]))
+    assert [entry["step"] for entry in resumed.state.log_history if "fork_share" in entry] == [1, 2, 3]
+    anew = main(*parser.parse_args_and_config([*arguments, "--auto_resume", "false", "--max_steps", "1"]))
+    assert [entry["step"] for entry in anew.state.log_history if "fork_share" in entry] == [1]
+
+
+@pytest.mark.parametrize(
+    ("value", "by_itself", "expected"),
+    [
+        (None, True, True), (None, False, False), ("true", False, True), (True, False, True),
+        ("False", True, False), ("runs/checkpoint-3", False, "runs/checkpoint-3"),
+    ],
+)  # fmt: skip
+def test_what_a_run_resumes_from(value, by_itself: bool, expected) -> None:
+    assert resume_option(value, by_itself) == expected
 
 
 def test_a_step_makes_better_completions_likelier(tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def answer(
     for name, sampled in (("greedy", False), ("sampled", True)):
         records: list[dict[str, Any]] = []
         for start in range(0, problems, batch_size):
-            options = {"do_sample": sampled, "seed": seed + start, "top_k": 0, "max_new_tokens": max_new_tokens}
+            options = {"do_sample": sampled, "seed": seed + start, "max_new_tokens": max_new_tokens}
+            options |= {"top_k": 0} if sampled else {}
             records += answers(model, tokenizer, held_out[start : start + batch_size], **options)
         results[name] = {**summarise(records), **by_form(records)}
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from multiverse import MultiverseForCausalLM
 from multiverse.trainer.choice import rollout_row
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
+from multiverse.trainer.recovery import resume_option, train_resumably
 from multiverse.trainer.rewards import (
     REWARD_WEIGHTS,
     AccelerationReward,
@@ -84,6 +85,9 @@ class GRPOScriptArguments(ScriptArguments):
     )
     merge_adapters: bool = field(
         default=True, metadata={"help": "Add LoRA matrices to float32 weights while completions are made."}
+    )
+    auto_resume: bool = field(
+        default=True, metadata={"help": "Go on from the newest complete checkpoint in output_dir, if there is one."}
     )
 
 
@@ -213,9 +217,7 @@ def main(script: GRPOScriptArguments, config: GRPOConfig, model_config: ModelCon
     )
     dataset = load_data(script, tokenizer, config.seed)
     trainer = build_trainer(model, tokenizer, dataset, script, config, model_config)
-    resume = config.resume_from_checkpoint
-    # On the command line it is a string: "true" stands for the newest checkpoint in `output_dir`.
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    train_resumably(trainer, resume_option(config.resume_from_checkpoint, script.auto_resume))
     trainer.save_model(config.output_dir)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

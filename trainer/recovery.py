@@ -144,6 +144,18 @@ def train_resumably(trainer: Trainer, resume_from_checkpoint: str | bool | None 
     return output
 
 
+def resume_option(value: str | bool | None, by_itself: bool = True) -> str | bool:
+    """What `train_resumably` is given for the trainer's `resume_from_checkpoint`.
+
+    Args:
+        value (`str` or `bool`, *optional*): a checkpoint, or true or false, which are strings on the command line.
+        by_itself (`bool`): whether a run that says nothing goes on where it stopped.
+    """
+    if value is None:
+        return by_itself
+    return str(value).lower() == "true" if str(value).lower() in ("true", "false") else value
+
+
 def _newest(trainer: Trainer) -> str | None:
     """The checkpoint to go on from. One process looks, since what they would find may change under their eyes."""
     found: list[str | None] = [None]

@@ -29,7 +29,7 @@ from multiverse.trainer.labels import mask_forced_labels
 from multiverse.trainer.metrics import watch
 from multiverse.trainer.parallelism import check_parallelism, gather_trained_head, save_consolidated
 from multiverse.trainer.peft_support import add_tag_rows, give_wrapped_head_its_bias
-from multiverse.trainer.recovery import train_resumably
+from multiverse.trainer.recovery import resume_option, train_resumably
 from multiverse.trainer.synthetic import read_answer
 from multiverse.trainer.training_data import DataArguments, check_data_arguments, load_data
 from peft import PeftModel
@@ -189,11 +189,7 @@ def main(script: MultiverseScriptArguments, config: SFTConfig, model_config: Mod
     )
     dataset = load_data(script, config.seed, tokenizer, config.dataset_num_proc)
     trainer = build_trainer(model, tokenizer, dataset, script, config, model_config)
-    resume: str | bool | None = config.resume_from_checkpoint
-    # On the command line it is a string: "true" stands for the newest checkpoint in `output_dir`.
-    if resume is None or str(resume).lower() in ("true", "false"):
-        resume = str(resume).lower() == "true" or (resume is None and script.auto_resume)
-    train_resumably(trainer, resume)
+    train_resumably(trainer, resume_option(config.resume_from_checkpoint, script.auto_resume))
     save_consolidated(trainer, config.output_dir)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

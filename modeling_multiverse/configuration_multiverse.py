@@ -1,6 +1,7 @@
 """`MultiverseConfig`: a Qwen2, Qwen3 or Llama configuration that also names the control tags."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -37,6 +38,10 @@ class MultiverseConfig(PreTrainedConfig):
     # No field: TRL reads it off every configuration, and transformers looks into it where there is one.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
+    # Puts the package's code into a folder; the package sets it. The same class out of a checkpoint's own code has
+    # none: transformers copies the files that it came from.
+    code_writer: ClassVar[Callable[[str | os.PathLike], Any] | None] = None
+
     @classmethod
     def from_base(cls, config: PreTrainedConfig) -> "MultiverseConfig":
         """Turns the configuration of a plain checkpoint into the Multiverse one of the same architecture.
@@ -44,8 +49,9 @@ class MultiverseConfig(PreTrainedConfig):
         Raises:
             ValueError: if the architecture is not supported.
         """
-        if isinstance(config, MultiverseConfig):
-            return config
+        # By model type, not by class: a configuration that came through remote code has a class of its own.
+        if config.model_type in {each.model_type for each in CONFIG_CLASSES.values()}:
+            return config  # type: ignore[return-value]
         config_class = CONFIG_CLASSES.get(config.model_type)
         if config_class is None:
             raise ValueError(
@@ -60,6 +66,19 @@ class MultiverseConfig(PreTrainedConfig):
         # `dtype` is how the checkpoint was saved, the attention choice is how the caller wants to run it: keep both.
         converted._attn_implementation = config._attn_implementation
         return converted
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in the parent, with the code that others load the checkpoint with (`trust_remote_code=True`)."""
+        write, name = MultiverseConfig.code_writer, type(self).__name__.removesuffix("Config")
+        # Subclasses of users are theirs to publish.
+        if write is not None and type(self) in CONFIG_CLASSES.values():
+            write(save_directory)
+            self.auto_map = {  # type: ignore[misc]
+                "AutoConfig": f"configuration_multiverse.{name}Config",
+                "AutoModel": f"modeling_multiverse.{name}Model",
+                "AutoModelForCausalLM": f"modeling_multiverse.{name}ForCausalLM",
+            }
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

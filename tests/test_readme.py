@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import trl
 from front_door import front_door
 from multiverse import TAGS, MultiverseForCausalLM
@@ -39,6 +40,18 @@ def snippet(*words: str) -> str:
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_snippet_compiles(number: int) -> None:
     compile(PYTHON[number], f"README.md, snippet {number}", "exec")
+
+
+def test_publishing_snippet_saves_and_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Elsewhere is here, where the installed package comes first; tests/test_remote_code.py goes elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = front_door()
+    names = {"model": model, "tokenizer": tokenizer}
+    exec(snippet("trust_remote_code=True"), names)
+    assert (tmp_path / "my-model" / "modeling_multiverse.py").is_file()
+    loaded = names["elsewhere"]
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert names["tokenizer"].get_vocab() == tokenizer.get_vocab()
 
 
 def test_snippets_run_one_after_another(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,5 +105,27 @@ def train(
         raise typer.BadParameter(str(error)) from error
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint (folder or Hub id), or the folder of a LoRA adapter.")],
+    folder: Annotated[str, typer.Argument(help="Where to write it; must not hold anything yet.")],
+    base: Annotated[str | None, typer.Option(help="The adapter's base, in the place of the one it names.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; by default the checkpoint's.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+) -> None:
+    """Write a checkpoint that loads with torch and transformers alone; an adapter is merged."""
+    # Here, because it imports the model classes.
+    from multiverse.hub_card.export import export as export_checkpoint
+
+    try:
+        written = export_checkpoint(checkpoint, folder, base, dtype, max_shard_size)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    files = sorted(written.iterdir())
+    size = sum(file.stat().st_size for file in files) / 1e6
+    code = sum(file.suffix == ".py" for file in files)
+    Console().print(f"{written}: {len(files)} files, {code} of them code, {size:,.1f} MB")
+
+
 if __name__ == "__main__":
     app()

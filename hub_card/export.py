@@ -1,0 +1,87 @@
+"""A checkpoint as others can use it: adapter merged, tags in model and tokenizer, the code beside the weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+from transformers import AutoTokenizer
+
+_ADAPTER = "adapter_config.json"
+
+
+def export(
+    checkpoint: str | Path,
+    folder: str | Path,
+    base: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Writes a checkpoint that loads with torch and transformers alone (`trust_remote_code=True`).
+
+    The folder appears under its name when all of it is written.
+
+    Args:
+        checkpoint (`str` or `Path`): folder or Hub id of a plain or Multiverse checkpoint, or folder of a LoRA
+            adapter, which is merged into its base.
+        folder (`str` or `Path`): to be made.
+        base (`str` or `Path`, *optional*): the adapter's base, in the place of the one it names.
+        dtype (`str` or `torch.dtype`, *optional*): of the weights; by default the checkpoint's, or the base's.
+        max_shard_size (`str`): largest file of weights.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: if `folder` holds something already, or `base` is given for what is no adapter.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`folder` ({folder}) exists and is not empty. Name another, or remove it.")
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f"`dtype` must name a dtype such as bfloat16, got {dtype!r}.")
+        dtype = named
+    adapter = Path(checkpoint) / _ADAPTER
+    if adapter.is_file():
+        model, tokenizer = _merged(
+            Path(checkpoint), base or json.loads(adapter.read_text())["base_model_name_or_path"]
+        )
+    elif base is not None:
+        raise ValueError(
+            f"`base` is {str(base)!r}, but `checkpoint` ({checkpoint}) holds no {_ADAPTER}. Leave it out."
+        )
+    else:
+        model, tokenizer = _with_tags(checkpoint)
+    if dtype is not None:
+        model = model.to(dtype)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(partial)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+    return folder
+
+
+def _with_tags(checkpoint: str | Path) -> tuple[Any, Any]:
+    model = MultiverseForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    add_multiverse_tokens(model, tokenizer)
+    return model.eval(), tokenizer
+
+
+def _merged(adapter: Path, base: str | Path) -> tuple[Any, Any]:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("Merging an adapter needs a package: `pip install peft`.") from error
+    model, tokenizer = _with_tags(base)
+    dtype = model.dtype
+    # In full precision, so that small updates are not lost in the sum.
+    merged = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
+    return merged.to(dtype).eval(), tokenizer

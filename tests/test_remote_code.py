@@ -43,7 +43,7 @@ for checkpoint in sorted(folder.glob("*-checkpoint")):
     again = checkpoint.with_name(checkpoint.name + "-again")
     for place in (checkpoint, again):
         config = AutoConfig.from_pretrained(place, trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=True)
         model = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True).eval()
         backbone = AutoModel.from_pretrained(place, trust_remote_code=True).eval()
         assert type(model).__name__ == expected["name"] and config.model_type == model.config.model_type

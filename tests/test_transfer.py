@@ -236,11 +236,11 @@ def test_arms_of_a_seed_share_problems_that_are_not_asked_later():
     assert len(asked) == 400
     trained = {seed: questions("smollm2_transfer", seed) for seed in transfer.SEEDS}
     for rows in trained.values():
-        # Both forms of 40 problems, whatever the arm's shares.
-        assert rows[:40] == rows[40:]
-        assert len(set(rows)) == 40
+        # Both forms of 80 problems, whatever the arm's shares.
+        assert rows[:80] == rows[80:]
+        assert len(set(rows)) == 80
         assert not asked & set(rows)
-    assert len(set().union(*trained.values())) == 120
+    assert len(set().union(*trained.values())) == 240
     start = questions("smollm2_transfer_start", 10)
     assert len(set(start)) == 1600
     assert not asked & set(start)

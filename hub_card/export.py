@@ -47,17 +47,19 @@ def export(
         dtype = named
     adapter = Path(checkpoint) / _ADAPTER
     if adapter.is_file():
-        model, tokenizer = _merged(
-            Path(checkpoint), base or json.loads(adapter.read_text())["base_model_name_or_path"]
-        )
+        base = base or json.loads(adapter.read_text())["base_model_name_or_path"]
     elif base is not None:
         raise ValueError(
             f"`base` is {str(base)!r}, but `checkpoint` ({checkpoint}) holds no {_ADAPTER}. Leave it out."
         )
-    else:
-        model, tokenizer = _with_tags(checkpoint)
-    if dtype is not None:
-        model = model.to(dtype)
+    model = MultiverseForCausalLM.from_pretrained(base or checkpoint, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(base or checkpoint)
+    add_multiverse_tokens(model, tokenizer)
+    dtype = dtype or model.dtype
+    if adapter.is_file():
+        # In the wider of both, so that what is merged is rounded once.
+        model = _merged(model.to(torch.promote_types(model.dtype, dtype)), adapter.parent)
+    model = model.to(dtype)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -68,20 +70,9 @@ def export(
     return folder
 
 
-def _with_tags(checkpoint: str | Path) -> tuple[Any, Any]:
-    model = MultiverseForCausalLM.from_pretrained(checkpoint, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    add_multiverse_tokens(model, tokenizer)
-    return model.eval(), tokenizer
-
-
-def _merged(adapter: Path, base: str | Path) -> tuple[Any, Any]:
+def _merged(model: Any, adapter: Path) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("Merging an adapter needs a package: `pip install peft`.") from error
-    model, tokenizer = _with_tags(base)
-    dtype = model.dtype
-    # In full precision, so that small updates are not lost in the sum.
-    merged = PeftModel.from_pretrained(model.float(), adapter).merge_and_unload()
-    return merged.to(dtype).eval(), tokenizer
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -8,6 +8,7 @@ with the files it came with; that is transformers' own doing.
 
 import ast
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 from multiverse.version import __version__
@@ -58,7 +59,9 @@ def flat_name(module: str) -> str:
     return module.removeprefix(f"{PACKAGE}.").replace(".", "_")
 
 
-def _flatten(module: str) -> tuple[str, set[str]]:
+# A training run saves many checkpoints, all with the same code.
+@cache
+def _flatten(module: str) -> tuple[str, frozenset[str]]:
     """The text of a module with its imports rewritten, and the modules of the package that it imports."""
     path = _file_of(module)
     text = path.read_text(encoding="utf-8")
@@ -78,7 +81,7 @@ def _flatten(module: str) -> tuple[str, set[str]]:
         statement = f"from .{flat_name(source)} import {names}".encode()
         lines[first : last + 1] = [lines[first][: node.col_offset] + statement + lines[last][node.end_col_offset :]]
     header = f"# Written by multiverse {__version__} from its module {module}, which is the one to edit.\n"
-    return header + b"".join(lines).decode(), imported
+    return header + b"".join(lines).decode(), frozenset(imported)
 
 
 def _imported_module(node: ast.Import | ast.ImportFrom, module: str) -> str | None:

@@ -49,8 +49,9 @@ class MultiverseConfig(PreTrainedConfig):
         Raises:
             ValueError: if the architecture is not supported.
         """
-        # By model type, not by class: a configuration that came through remote code has a class of its own.
-        if config.model_type in {each.model_type for each in CONFIG_CLASSES.values()}:
+        # By model type too: a configuration that came through remote code has a class of its own.
+        ours = {each.model_type for each in CONFIG_CLASSES.values()}
+        if isinstance(config, MultiverseConfig) or config.model_type in ours:
             return config  # type: ignore[return-value]
         config_class = CONFIG_CLASSES.get(config.model_type)
         if config_class is None:

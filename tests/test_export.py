@@ -89,7 +89,7 @@ def test_nothing_half_written_has_the_folders_name(plain, tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_exported_is_named_before_anything_is_loaded(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "_with_tags", None)
+    monkeypatch.setattr(export_module, "MultiverseForCausalLM", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match=r"`folder`.*not empty"):

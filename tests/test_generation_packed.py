@@ -5,12 +5,13 @@ import torch
 from decoding import FORK_AND_END, MIXED, PROMPTS, check_parity, decode
 from multiverse import MultiverseForCausalLM
 from multiverse.generation import packed_linear
-from multiverse.generation.packed_linear import can_pack, packed_forwards, worth_packing
+from multiverse.generation.packed_linear import packed_forwards, worth_packing
 from tiny import tiny_ids, tiny_model
 
 ROWS = [tiny_ids(PROMPTS[name]) for name in MIXED]
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="this build of torch has no oneDNN")
+# By the build alone: where oneDNN is there but its operators have another name, the tests fail.
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import datasets
 import pytest
 import trl
 from front_door import front_door
-from multiverse.trainer.choice import rollout_row
+from multiverse.trainer.choice import rollout_row, write_mixture
 from multiverse.trainer.rollouts import MultiverseRollouts
 from multiverse.trainer.sft import MultiverseScriptArguments
 from multiverse.trainer.synthetic import ProblemOptions, generate_problems
@@ -55,7 +56,7 @@ def test_reinforcement_snippet_trains(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert rewards <= set(trainer.state.log_history[0])
 
 
-OPTIONS = sorted(set(re.findall(r"--(\w+)", README)) - {"config_file"})
+OPTIONS = sorted(set(re.findall(r"--(\w[\w-]*)", README)) - {"config_file"})
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -63,7 +64,8 @@ def test_option_exists(option: str) -> None:
     known = {
         each.name for kind in (MultiverseScriptArguments, SFTConfig, ModelConfig) for each in dataclasses.fields(kind)
     }
-    assert option in known | {"config", "plan"}
+    chosen = {name.replace("_", "-") for name in inspect.signature(write_mixture).parameters}
+    assert option in known | chosen | {"config", "plan"}
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w/]+\.(?:py|yaml))`", README))))

@@ -180,7 +180,10 @@ def test_the_installed_package_comes_first(tmp_path):
 
 def test_classes_of_users_are_theirs_to_publish(tmp_path):
     class Mine(MultiverseQwen2Config):
-        pass
+        model_type = "mine"
+
+    own = Mine()
+    assert MultiverseConfig.from_base(own) is own
 
     for number, config in enumerate((Mine(), MultiverseConfig())):
         config.save_pretrained(tmp_path / str(number))

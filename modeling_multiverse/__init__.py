@@ -25,7 +25,7 @@ from .configuration_multiverse import (  # noqa: E402  (the path must stand firs
     MultiverseQwen2Config,
     MultiverseQwen3Config,
 )
-from .hub_card.remote_code import write_remote_code  # noqa: E402
+from .hub_card.beside import write_beside  # noqa: E402
 from .layout import BranchLayout, IncrementalLayout  # noqa: E402
 from .modeling_multiverse import (  # noqa: E402
     MultiverseForCausalLM,
@@ -44,7 +44,7 @@ from .tokens import add_multiverse_tokens  # noqa: E402
 from .version import __version__  # noqa: E402
 
 register_auto_classes()
-MultiverseConfig.code_writer = write_remote_code
+MultiverseConfig.folder_writer = write_beside
 
 __all__ = [
     "TAGS",

@@ -1,6 +1,7 @@
 """The command `multiverse`."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 try:
@@ -112,19 +113,78 @@ def export(
     base: Annotated[str | None, typer.Option(help="The adapter's base, in the place of the one it names.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights; by default the checkpoint's.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.")] = "5GB",
+    card: Annotated[
+        str | None, typer.Option(help="YAML file of facts for the model card; by default the checkpoint's card.yaml.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model in its card; by default the folder's.")] = None,
 ) -> None:
-    """Write a checkpoint that loads with torch and transformers alone; an adapter is merged."""
+    """Write a checkpoint that loads with torch and transformers alone, and its card; an adapter is merged."""
     # Here, because it imports the model classes.
     from multiverse.hub_card.export import export as export_checkpoint
 
     try:
-        written = export_checkpoint(checkpoint, folder, base, dtype, max_shard_size)
+        written = export_checkpoint(checkpoint, folder, base, dtype, max_shard_size, card, name)
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     files = sorted(written.iterdir())
     size = sum(file.stat().st_size for file in files) / 1e6
     code = sum(file.suffix == ".py" for file in files)
     Console().print(f"{written}: {len(files)} files, {code} of them code, {size:,.1f} MB")
+
+
+@app.command()
+def push(
+    folder: Annotated[str, typer.Argument(help="What `multiverse export` wrote.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="Such as me/my-model; made when it is not there.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="By default as it is.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; made when it is not there.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+) -> None:
+    """Upload an exported checkpoint to the Hub, once it is clear that others can load it."""
+    # Here, because it imports the model classes.
+    from multiverse.hub_card.push import push as push_folder
+    from multiverse.hub_card.push import pushed_files
+
+    try:
+        commit = push_folder(folder, repo_id, private, revision, commit_message, create_pr)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    except OSError as error:
+        sys.exit(str(error))
+    files = pushed_files(folder)
+    size = sum(file.stat().st_size for file in files) / 1e6
+    place = commit.pr_url or f"{commit.repo_url}/tree/{revision or 'main'}"
+    Console(soft_wrap=True).print(f"{place}: {len(files)} files, {size:,.1f} MB")
+
+
+@app.command()
+def view(
+    source: Annotated[
+        str, typer.Argument(help="File with a text, .jsonl/.json/.parquet file of rows, or checkpoint folder.")
+    ],
+    output: Annotated[str, typer.Option(help="Page to write; one that is there is replaced.")] = "page.html",
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub id; without one, words are counted.")] = None,
+    column: Annotated[str | None, typer.Option(help="Of the rows: text or messages.")] = None,
+    row: Annotated[int | None, typer.Option(help="Number of the row, from 0.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the checkpoint is asked.")] = None,
+    system: Annotated[str | None, typer.Option(help="Its system message; by default one that asks for paths.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer of the checkpoint; 512.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+) -> None:
+    """Draw a text: when each branch was written, the tree of blocks and paths, and the attention mask."""
+    # Here, because it imports the tokenizers.
+    from multiverse.hub_card.view import view as write_page
+
+    options = {"tokenizer": tokenizer, "column": column, "row": row, "prompt": prompt, "system": system}
+    try:
+        text = write_page(source, output, **options, max_new_tokens=max_new_tokens)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    figures = ", ".join(f"{value} {name}" for name, value in text.figures().items())
+    Console(soft_wrap=True).print(f"{output}: {figures}", markup=False, highlight=False)
+    if open_page:
+        typer.launch(Path(output).resolve().as_uri())
 
 
 if __name__ == "__main__":

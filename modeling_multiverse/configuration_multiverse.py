@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from .checkpoint_tags import with_tags_of_checkpoint
+
 
 @strict
 class MultiverseConfig(PreTrainedConfig):
@@ -20,8 +22,9 @@ class MultiverseConfig(PreTrainedConfig):
 
     Args:
         multiverse_token_ids (`dict[str, int]`, *optional*):
-            Id of every control tag of `multiverse.TAGS`. Written by `multiverse.add_multiverse_tokens`; while it is
-            `None` the model behaves exactly as its base.
+            Id of every control tag of `multiverse.TAGS`. Written by `multiverse.add_multiverse_tokens`, and by
+            `from_pretrained` where the checkpoint's own tokenizer knows them; while it is `None` the model behaves
+            exactly as its base.
         multiverse_separator_ids (`list[int]`, *optional*):
             Tokens that stand between two tags in the training data (one newline in the published data). The decoder
             forces them around path headers.
@@ -38,9 +41,9 @@ class MultiverseConfig(PreTrainedConfig):
     # No field: TRL reads it off every configuration, and transformers looks into it where there is one.
     auto_map: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
-    # Puts the package's code into a folder; the package sets it. The same class out of a checkpoint's own code has
-    # none: transformers copies the files that it came from.
-    code_writer: ClassVar[Callable[[str | os.PathLike], Any] | None] = None
+    # Puts the package's code, and a model card where there is none, into the folder of a configuration; the package
+    # sets it. The same class out of a checkpoint's own code has none: transformers copies the files that it came from.
+    folder_writer: ClassVar[Callable[..., Any] | None] = None
 
     @classmethod
     def from_base(cls, config: PreTrainedConfig) -> "MultiverseConfig":
@@ -69,11 +72,11 @@ class MultiverseConfig(PreTrainedConfig):
         return converted
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in the parent, with the code that others load the checkpoint with (`trust_remote_code=True`)."""
-        write, name = MultiverseConfig.code_writer, type(self).__name__.removesuffix("Config")
+        """As in the parent, with a card and the code that others load the checkpoint with (`trust_remote_code=True`)."""
+        write, name = MultiverseConfig.folder_writer, type(self).__name__.removesuffix("Config")
         # Subclasses of users are theirs to publish.
         if write is not None and type(self) in CONFIG_CLASSES.values():
-            write(save_directory)
+            write(save_directory, self)
             self.auto_map = {  # type: ignore[misc]
                 "AutoConfig": f"configuration_multiverse.{name}Config",
                 "AutoModel": f"modeling_multiverse.{name}Model",
@@ -91,13 +94,16 @@ class MultiverseConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As `AutoConfig.from_pretrained`, for plain and Multiverse checkpoints of the supported architectures."""
+        """As `AutoConfig.from_pretrained`, for plain and Multiverse checkpoints of the supported architectures.
+
+        Tags that a plain checkpoint's own tokenizer knows are named as `MultiverseForCausalLM.from_pretrained` does.
+        """
         if cls is not MultiverseConfig:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         loaded = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if isinstance(loaded, tuple):
-            return cls.from_base(loaded[0]), loaded[1]
-        return cls.from_base(loaded)
+        config = cls.from_base(loaded[0] if isinstance(loaded, tuple) else loaded)
+        config = with_tags_of_checkpoint(config, pretrained_model_name_or_path, **kwargs)
+        return (config, loaded[1]) if isinstance(loaded, tuple) else config
 
 
 @strict

@@ -8,6 +8,7 @@ backbone by itself and would walk past anything the causal-LM class adds.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .checkpoint_tags import HUB_ARGUMENTS, with_tags_of_checkpoint
 from .configuration_multiverse import (
     MultiverseConfig,
     MultiverseLlamaConfig,
@@ -268,14 +270,19 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`, for plain and Multiverse checkpoints alike.
 
+        A plain checkpoint whose own tokenizer knows the twelve tags, as that of Multiverse-32B does, comes with them:
+        `config.multiverse_token_ids` and its companions are filled from the tokenizer's files.
+
         Raises:
             ValueError: if the checkpoint's architecture has no Multiverse class, or `distributed_config` asks for
                 pipeline stages.
         """
         _refuse_pipeline_stages(kwargs.get("distributed_config"))
-        config = kwargs.pop("config", None)
+        config, code_revision = kwargs.pop("config", None), kwargs.pop("code_revision", None)
         if not isinstance(config, PreTrainedConfig):
             passed = {name: kwargs[name] for name in _CONFIG_ARGUMENTS if name in kwargs}
+            if code_revision is not None:
+                passed["code_revision"] = code_revision
             config = AutoConfig.from_pretrained(config or pretrained_model_name_or_path, **passed)
             if kwargs.get("use_sliding_window") is False:
                 # Derived when the checkpoint was saved, and stored beside it.
@@ -292,24 +299,27 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
                 f"`pretrained_model_name_or_path` is a {config.model_type} checkpoint, which {cls.__name__} cannot "
                 "hold. Use `MultiverseForCausalLM.from_pretrained`, which picks the class."
             )
+        config = with_tags_of_checkpoint(config, pretrained_model_name_or_path, **kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
         # A plain checkpoint brings its own generation configuration, in the place of the constructor's.
         (loaded[0] if isinstance(loaded, tuple) else loaded).set_generation_defaults()
         return loaded
 
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As in the parent, with our card in the place of the empty one that transformers writes for a new repo."""
+        write, card = MultiverseConfig.folder_writer, Path(working_dir) / "README.md"
+        if write is not None and card.is_file() and _STOCK_CARD in card.read_text(encoding="utf-8"):
+            card.unlink()
+            write(working_dir, self.config, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
-#: `from_pretrained` arguments that say where the configuration is to be found.
-_CONFIG_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "gguf_file",
-    "local_files_only",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
+
+#: What tells transformers' own card of a new repository.
+_STOCK_CARD = "This model card has been automatically generated"
+
+
+#: `from_pretrained` arguments that are the configuration's too.
+_CONFIG_ARGUMENTS = (*HUB_ARGUMENTS, "gguf_file", "trust_remote_code")
 
 
 #: Fields of a configuration that `from_pretrained` takes for itself.

@@ -6,10 +6,8 @@ from contextlib import contextmanager
 import torch
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
+from .checkpoint_tags import tag_fields
 from .tags import TAGS
-
-#: What outline labels (`1:`, `2.3:`) are written with; those that are one token each are recorded.
-LABEL_PIECES: tuple[str, ...] = (".", ":", *(str(number) for number in range(100)))
 
 
 def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -42,11 +40,8 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     pieces = {tag: _word_ids(tokenizer, tag) for tag in TAGS}
     if missing:
         tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in missing])
-    known = tokenizer.get_vocab()
-    token_ids = {tag: known[tag] for tag in TAGS}
-    for tag, token_id in token_ids.items():
-        if tokenizer.encode(tag, add_special_tokens=False) != [token_id]:
-            raise ValueError(f"`tokenizer` does not encode {tag} as one token. Use a tokenizer with added tokens.")
+    fields = tag_fields(tokenizer)
+    token_ids = fields["multiverse_token_ids"]
 
     rows = max(token_ids.values()) + 1
     if rows > _rows(_token_matrices(model)[0]):
@@ -59,10 +54,8 @@ def add_multiverse_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
                 if tag in missing or token_ids[tag] >= rows_before:
                     weight[token_ids[tag]] = weight[pieces[tag]].mean(dim=0)
 
-    model.config.multiverse_token_ids = token_ids
-    model.config.multiverse_separator_ids = tokenizer.encode("\n", add_special_tokens=False)
-    encoded = {piece: tokenizer.encode(piece, add_special_tokens=False) for piece in LABEL_PIECES}
-    model.config.multiverse_label_ids = {piece: ids[0] for piece, ids in encoded.items() if len(ids) == 1}
+    for name, value in fields.items():
+        setattr(model.config, name, value)
     return token_ids
 
 

@@ -72,7 +72,7 @@ class MultiverseConfig(PreTrainedConfig):
         return converted
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in the parent, with a card and the code that others load the checkpoint with (`trust_remote_code=True`)."""
+        """As in the parent, with a card, and code that others load the checkpoint with (`trust_remote_code=True`)."""
         write, name = MultiverseConfig.folder_writer, type(self).__name__.removesuffix("Config")
         # Subclasses of users are theirs to publish.
         if write is not None and type(self) in CONFIG_CLASSES.values():

@@ -3,10 +3,12 @@
 Shapes: N tokens, R branches (one root per document, one per path).
 """
 
+import importlib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import torch
 
@@ -87,6 +89,40 @@ class BranchLayout:
         """
         pairs = self.compatible[self.branch_ids[first:]][:, self.branch_ids]
         return pairs.tril_(first)
+
+    def plot(
+        self,
+        kind: Literal["mask", "timeline", "both"] = "both",
+        tokens: Sequence[str] | None = None,
+        axes: Any = None,
+        start: int = 0,
+    ) -> Any:
+        """Draws the attention mask, the timeline that the positions allow, or both (needs the extra `plots`).
+
+        Args:
+            kind (`str`): `"mask"`, `"timeline"` or `"both"`.
+            tokens (sequence of `str` of length N, *optional*): texts of the tokens, written along the mask's axes.
+            axes (`matplotlib.axes.Axes` or a pair of them, *optional*): where to draw, mask first; new by default.
+            start (`int`): index of the first generated token; those before it are left out of the timeline.
+
+        Returns:
+            `matplotlib.figure.Figure`: the figure that holds the axes.
+
+        Raises:
+            ImportError: if matplotlib is missing, or this is code beside a checkpoint and the package is missing.
+            ValueError: if an argument does not fit.
+        """
+        try:
+            # By name, not by an import statement: this module is also written beside checkpoints, with every module
+            # that it imports, and a model does not need pictures.
+            module = importlib.import_module("multiverse.plot")
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "multiverse":
+                raise
+            raise ImportError(
+                "`plot` is not part of the code beside a checkpoint: `pip install 'multiverse-transformers[plots]'`."
+            ) from error
+        return module.plot_layout(self, kind, tokens, axes, start)
 
     def __len__(self) -> int:
         return self.branch_ids.shape[0]

@@ -22,6 +22,8 @@ class BranchReport:
             `"prompt"` where the prompt has closed it; `None` for the root and for what was cut off.
         first_step (`int`, *optional*): sequential step at which its first token was made; `None` without tokens.
         last_step (`int`, *optional*): and its last.
+        first_sampled_step (`int`, *optional*): and the first that the model was asked for, `None` where it was not. A
+            path's header is forced at its fork; where paths run one at a time, this is when its turn came.
     """
 
     label: str
@@ -29,6 +31,7 @@ class BranchReport:
     finish_reason: str | None
     first_step: int | None
     last_step: int | None
+    first_sampled_step: int | None = None
 
 
 @dataclass
@@ -41,6 +44,7 @@ class PathReport:
         start, end (`int`): its tokens, counted from the row's first real one; `end` is exclusive.
         finish_reason (`str`, *optional*): why it ended, see `BranchReport`.
         first_step, last_step (`int`, *optional*): sequential steps that made the first and last token of its own.
+        first_sampled_step (`int`, *optional*): see `BranchReport`.
         blocks (`list[BlockReport]`): blocks inside it, in order.
     """
 
@@ -51,6 +55,7 @@ class PathReport:
     finish_reason: str | None = None
     first_step: int | None = None
     last_step: int | None = None
+    first_sampled_step: int | None = None
     blocks: list["BlockReport"] = field(default_factory=list)
 
 
@@ -135,6 +140,7 @@ def _report(branch: Branch) -> BranchReport:
         finish_reason=branch.finish_reason,
         first_step=own[0].step if own else None,
         last_step=own[-1].step if own else None,
+        first_sampled_step=next((token.step for token in own if not token.forced), None),
     )
 
 
@@ -176,6 +182,7 @@ class _TreeReader:
                 own = _report(branch)
                 report.label, report.finish_reason = branch.label, own.finish_reason
                 report.first_step, report.last_step = own.first_step, own.last_step
+                report.first_sampled_step = own.first_sampled_step
             reports.append(report)
         return reports
 

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 PARALLEL, SEQUENTIAL, RACE = "in parallel", "one path at a time", "race: both at once"
 _MODES = {PARALLEL: (True,), SEQUENTIAL: (False,), RACE: (True, False)}
-#: Held-out problems to try: three paths, five paths, a nested block.
-_EXAMPLES = (5, 1, 3, 8)
+#: Held-out problems to try, by their number.
+_EXAMPLES = {5: "three sums", 1: "five sums", 10: "a sum made of two parts", 2: "two sums"}
 _FRAME = 0.12
 
 _INTRODUCTION = """# Multiverse: a model that works on several parts at once
@@ -101,7 +101,7 @@ def build(space: Space) -> gr.Blocks:
         with gr.Row():
             question = gr.Textbox(
                 label="Problem",
-                value=held_out[_EXAMPLES[0]].question,
+                value=held_out[next(iter(_EXAMPLES))].question,
                 lines=5,
                 max_lines=10,
                 max_length=MOST_CHARACTERS,
@@ -113,7 +113,12 @@ def build(space: Space) -> gr.Blocks:
                 with gr.Row():
                     start = gr.Button("Run", variant="primary", min_width=100)
                     end = gr.Button("Stop", variant="stop", interactive=False, min_width=100)
-        gr.Examples([[held_out[number].question] for number in _EXAMPLES], [question], label="Problems to try")
+        gr.Examples(
+            [[held_out[number].question] for number in _EXAMPLES],
+            [question],
+            label="Problems to try",
+            example_labels=list(_EXAMPLES.values()),
+        )
         lanes = gr.HTML(HINT, label="Branches", elem_id="lanes")
         results = gr.HTML("", label="Results", elem_id="results")
         running = start.click(

@@ -151,7 +151,9 @@ def report_spans(report: Mapping[str, Any], labels: Mapping[int, str] | None = N
         label: str, entry: Mapping[str, Any], blocks: Iterable[Mapping[str, Any]], depth: int, branch: int
     ) -> None:
         if entry["first_step"] is not None:
-            segments = [(int(entry["first_step"]), int(entry["last_step"]))]
+            # One path at a time, a path's header is there long before its turn comes.
+            first = entry.get("first_sampled_step") or entry["first_step"]
+            segments = [(int(first), int(entry["last_step"]))]
             for block in blocks:
                 segments = _without(segments, _process_steps(block))
             spans.append(Span(names.get(branch, label), segments, depth, branch))

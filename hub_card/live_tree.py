@@ -1,19 +1,23 @@
 """A generation as it stands, for a web page: the root's text, and every block as a row of growing paths."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from multiverse.generation.branch import Branch, BranchStatus, Token
 from multiverse.generation.request import Request
+from multiverse.generation.scheduler import branches_to_run
 from multiverse.hub_card.drawings import branch_colour, escaped
+from multiverse.tags import TAGS
 from transformers import PreTrainedTokenizerBase
 
-#: What a card's corner says.
-_STATUS = {
-    BranchStatus.RUNNING: "writing",
-    BranchStatus.WAITING: "waiting for its paths",
-    BranchStatus.FINISHED: "done",
-}
+#: What a card's corner says, by the state of its branch.
+_STATES = {"writing": "writing", "queued": "next in line", "waiting": "waits for its paths", "finished": "done"}
+
+
+_ANY = re.compile(f"({'|'.join(TAGS)})")
+_OPENED = re.compile("(<(?:Parallel|Goal|Outline|Path|Conclusion)>)\n")
+_CLOSED = re.compile("\n(</(?:Outline|Path|Conclusion|Goal)>)")
 
 
 @dataclass
@@ -23,13 +27,14 @@ class Node:
     Attributes:
         label (`str`): of the path; empty for the root.
         number (`int`): order in which it was opened, 0 for the root.
-        status (`BranchStatus`): what it does.
+        state (`str`): `"writing"`, `"queued"` where other paths are written first, `"waiting"` for its own paths, or
+            `"finished"`.
         parts (`list[str | list[Node]]`): stretches of text, and the paths of a block.
     """
 
     label: str
     number: int
-    status: BranchStatus
+    state: str
     parts: "list[str | list[Node]]" = field(default_factory=list)
 
     def nodes(self) -> "Iterator[Node]":
@@ -45,20 +50,24 @@ class LiveTree:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): turns tokens into text.
+        width (`int`, *optional*): most branches that are written side by side; 1 for one path at a time.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int | None = None) -> None:
+        self.tokenizer, self.width = tokenizer, width
         self._numbers: dict[Branch, int] = {}
 
     def read(self, request: Request) -> Node:
         """The request as it stands, without its prompt."""
         for branch in request.branches():
             self._numbers.setdefault(branch, len(self._numbers))
-        return self._node(request.root)
+        return self._node(request.root, set() if request.finished else set(branches_to_run(request, self.width)))
 
-    def _node(self, branch: Branch) -> Node:
-        node = Node(branch.label, self._numbers[branch], branch.status)
+    def _node(self, branch: Branch, writing: set[Branch]) -> Node:
+        state = branch.status.value
+        if branch.status is BranchStatus.RUNNING:
+            state = "writing" if branch in writing else "queued"
+        node = Node(branch.label, self._numbers[branch], state)
         ids: list[int] = []
         for item in [*branch.items, None]:
             if isinstance(item, Token):
@@ -68,43 +77,54 @@ class LiveTree:
                 node.parts.append(str(self.tokenizer.decode(ids, skip_special_tokens=True)))
                 ids = []
             if item is not None:
-                node.parts.append([self._node(child) for child in item.children])
+                node.parts.append([self._node(child, writing) for child in item.children])
         return node
 
 
-def tree_panels(root: Node) -> str:
-    """The whole tree as HTML; all text of the model is escaped."""
-    return f'<div class="live-root">{_parts(root)}</div>'
+def tree_panels(root: Node, ended: bool = False) -> str:
+    """The whole tree as HTML; all text of the model is escaped.
+
+    Args:
+        root (`Node`): of the tree.
+        ended (`bool`): whether nobody writes any more.
+    """
+    return f'<div class="live-root">{_parts(root, ended)}</div>'
 
 
-def _parts(node: Node) -> str:
+def _parts(node: Node, ended: bool) -> str:
     pieces = []
     last = len(node.parts) - 1
     for place, part in enumerate(node.parts):
         if isinstance(part, str):
-            writing = place == last and node.status is BranchStatus.RUNNING
-            pieces.append(_text(part, writing))
+            pieces.append(_text(part, place == last and node.state == "writing" and not ended))
         else:
-            pieces.append(f'<div class="live-paths">{"".join(_card(child) for child in part)}</div>')
+            pieces.append(f'<div class="live-paths">{"".join(_card(child, ended) for child in part)}</div>')
     return "".join(pieces)
 
 
 def _text(text: str, writing: bool) -> str:
     caret = '<span class="live-caret" aria-hidden="true"></span>' if writing else ""
+    # Tags that begin or end something need no line of their own.
+    text = _CLOSED.sub(r" \1", _OPENED.sub(r"\1 ", text.strip("\n")))
+    pieces = [
+        f'<span class="live-tag">{escaped(piece)}</span>' if piece in TAGS else escaped(piece)
+        for piece in _ANY.split(text)
+    ]
     # The newest line stays in sight: the frame is filled from its end.
-    return f'<div class="live-text"><div>{escaped(text.strip(chr(10)))}{caret}</div></div>'
+    return f'<div class="live-text"><div>{"".join(pieces)}{caret}</div></div>'
 
 
-def _card(node: Node) -> str:
-    state = node.status.value
+def _card(node: Node, ended: bool) -> str:
+    # What is left open is closed by the engine.
+    state = "finished" if ended else node.state
     return (
         f'<section class="live-path live-{state}" style="--mv-branch:{branch_colour(node.number)}" '
-        f'aria-label="path {escaped(node.label)}, {_STATUS[node.status]}">'
-        f'<header><b>path {escaped(node.label)}</b><span class="live-state">{_STATUS[node.status]}</span></header>'
-        f"{_parts(node)}</section>"
+        f'aria-label="path {escaped(node.label)}, {_STATES[state]}">'
+        f'<header><b>path {escaped(node.label)}</b><span class="live-state">{_STATES[state]}</span></header>'
+        f"{_parts(node, ended)}</section>"
     )
 
 
-def running(root: Node) -> Sequence[Node]:
-    """The branches that are being written."""
-    return [node for node in root.nodes() if node.status is BranchStatus.RUNNING]
+def writing(root: Node) -> int:
+    """How many branches are being written."""
+    return sum(node.state == "writing" for node in root.nodes())

@@ -42,7 +42,7 @@ def lanes_html(generations: Sequence[Generation]) -> str:
         if progress.error is not None:
             parts.append(f'<p class="live-error">{escaped(str(progress.error) or type(progress.error).__name__)}</p>')
         if progress.tree is not None:
-            parts.append(tree_panels(progress.tree))
+            parts.append(tree_panels(progress.tree, progress.ended))
         else:
             parts.append('<p class="live-hint">reading the problem …</p>')
         parts.append("</section>")
@@ -143,14 +143,15 @@ SPACE_STYLE = """
 .live-path header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 0.5rem;
   font-size: 0.85rem; }
 .live-state { opacity: 0.75; }
-.live-running > header .live-state::before { content: "● "; color: var(--mv-branch); }
+.live-writing > header .live-state::before { content: "● "; color: var(--mv-branch); }
 .live-finished > header .live-state::before { content: "✓ "; }
 .live-text { display: flex; flex-direction: column-reverse; max-height: 15rem; overflow-y: auto; font-size: 0.9rem; }
 .live-text > div { white-space: pre-wrap; overflow-wrap: anywhere; font-family: ui-monospace, monospace;
   line-height: 1.35; }
 .live-caret { display: inline-block; width: 0.5em; height: 1em; vertical-align: text-bottom; margin-left: 1px;
   background: currentColor; animation: live-blink 1s steps(2) infinite; }
-.live-root > .live-text:first-child { max-height: 7rem; }
+.live-lane-finished .live-text, .live-lane-stopped .live-text { max-height: none; }
+.live-tag { opacity: 0.6; font-size: 0.8em; }
 .live-hint { opacity: 0.8; }
 .live-error { background: #c1121f; color: #fff; border-radius: 6px; padding: 0.4rem 0.7rem; }
 .live-verdict { font-size: 1.1rem; }

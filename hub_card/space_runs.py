@@ -9,7 +9,7 @@ from typing import Any
 from multiverse.generation.output import MultiverseGenerateOutput
 from multiverse.generation.request import Request
 from multiverse.generation.streaming import BranchStreamer
-from multiverse.hub_card.live_tree import LiveTree, Node, running
+from multiverse.hub_card.live_tree import LiveTree, Node, writing
 from multiverse.hub_card.turns import Lane, Turns
 from transformers import PreTrainedTokenizerBase
 
@@ -100,7 +100,7 @@ class Generation:
                     max_new_tokens=max_new_tokens,
                     parallel=self.parallel,
                     return_dict_in_generate=True,
-                    streamer=_Watch(tokenizer, lane, progress, self._stop),
+                    streamer=_Watch(LiveTree(tokenizer, None if self.parallel else 1), lane, progress, self._stop),
                 )
         except Stopped as stopped:
             output = stopped.partial_output  # type: ignore[attr-defined]
@@ -113,8 +113,8 @@ class Generation:
 
 
 class _Watch(BranchStreamer):
-    def __init__(self, tokenizer: Any, lane: Lane, progress: Progress, stop: threading.Event) -> None:
-        self.tree, self.lane, self.progress, self.stop = LiveTree(tokenizer), lane, progress, stop
+    def __init__(self, tree: LiveTree, lane: Lane, progress: Progress, stop: threading.Event) -> None:
+        self.tree, self.lane, self.progress, self.stop = tree, lane, progress, stop
         self._shown = 0.0
 
     def put_step(self, requests: Sequence[Request]) -> None:
@@ -128,7 +128,7 @@ class _Watch(BranchStreamer):
         progress.seconds, progress.steps, progress.tokens = self.lane.seconds, request.steps, request.made
         if now - self._shown > _SECONDS or request.finished:
             progress.tree, self._shown = self.tree.read(request), now
-            progress.running = len(running(progress.tree))
+            progress.running = writing(progress.tree)
 
 
 def encode(tokenizer: Any, system: str, question: str, device: Any) -> dict[str, Any]:

@@ -20,7 +20,13 @@ def test_report_counts_the_two_paths_of_a_script() -> None:
     # Headers are written in the step that closes the goal.
     assert (first.first_step, first.last_step) == (21, 24)
     assert (second.first_step, second.last_step) == (21, 26)
-    assert follow(TWO_PATHS, parallel=False).reports[0].sequential_steps == 21 + 3 + 5 + 6
+    assert (root.first_sampled_step, first.first_sampled_step, second.first_sampled_step) == (1, 22, 22)
+    twin = follow(TWO_PATHS, parallel=False).reports[0]
+    assert twin.sequential_steps == 21 + 3 + 5 + 6
+    _, first, second = twin.branches
+    assert (first.first_step, first.first_sampled_step, first.last_step) == (21, 22, 24)
+    assert (second.first_step, second.first_sampled_step, second.last_step) == (21, 25, 29)
+    assert [path.first_sampled_step for path in twin.blocks[0].paths] == [22, 25]
     assert RequestReport(**{k: v for k, v in report.to_dict().items() if k != "degree_of_parallelism"})
 
 

@@ -41,7 +41,7 @@ from strategies import shuffled
 from tiny import TOKEN_IDS, Script, from_strategy, tiny_ids, tiny_model
 
 # Indices and steps counted by hand: up to a goal's end a step makes one token, so </Goal> of the first block of
-# TWO_PATHS, token 21, is made in step 21, together with both headers.
+# TWO_PATHS, token 21, is made in step 21, together with both headers, and the paths are asked for more in the next.
 TREES: dict[str, tuple[Script, list[BlockReport]]] = {
     "two paths": (
         TWO_PATHS,
@@ -49,8 +49,8 @@ TREES: dict[str, tuple[Script, list[BlockReport]]] = {
             BlockReport(
                 *(0, 1, 47, 21, 41, 2),
                 paths=[
-                    PathReport("1", 1, 23, 31, "closed", 21, 24),
-                    PathReport("2", 2, 31, 41, "closed", 21, 26),
+                    PathReport("1", 1, 23, 31, "closed", 21, 24, 22),
+                    PathReport("2", 2, 31, 41, "closed", 21, 26, 22),
                 ],
             )
         ],
@@ -61,25 +61,25 @@ TREES: dict[str, tuple[Script, list[BlockReport]]] = {
             BlockReport(
                 *(0, 1, 102, 16, 79, 3),
                 paths=[
-                    PathReport("1", 1, 18, 26, "closed", 16, 19),
+                    PathReport("1", 1, 18, 26, "closed", 16, 19, 17),
                     PathReport(
-                        *("2", 2, 26, 72, "closed", 16, 39),
+                        *("2", 2, 26, 72, "closed", 16, 39, 17),
                         blocks=[
                             BlockReport(
                                 *(2, 31, 69, 43, 65, 2),
                                 paths=[
                                     # An end of sequence takes a step, too.
-                                    PathReport("2.1", 3, 45, 56, "eos", 30, 34),
-                                    PathReport("2.7", 4, 56, 65, "closed", 30, 32),
+                                    PathReport("2.1", 3, 45, 56, "eos", 30, 34, 31),
+                                    PathReport("2.7", 4, 56, 65, "closed", 30, 32, 31),
                                 ],
                             )
                         ],
                     ),
-                    PathReport("3", 5, 72, 79, "eos", 16, 18),
+                    PathReport("3", 5, 72, 79, "eos", 16, 18, 17),
                 ],
             ),
             # In the conclusion, whose tokens are the root's.
-            BlockReport(*(0, 81, 98, 86, 95, 1), paths=[PathReport("1", 6, 88, 95, "closed", 46, 48)]),
+            BlockReport(*(0, 81, 98, 86, 95, 1), paths=[PathReport("1", 6, 88, 95, "closed", 46, 48, 47)]),
         ],
     ),
 }
@@ -195,7 +195,7 @@ def test_one_path_at_a_time_the_tree_is_the_same_but_for_its_steps(name: str) ->
     assert reasons == [path.finish_reason for path in all_paths(expected)]
     # A path is asked from its first word to its end, and only then its next sibling.
     for path, following in pairwise(report.blocks[0].paths):
-        assert path.last_step < following.last_step
+        assert path.last_step + 1 == following.first_sampled_step
     check_reasons(report, script.ids, 1)
 
 

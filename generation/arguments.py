@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
+from multiverse.cache_argument import CACHE_ARGUMENT
 from multiverse.kernels.dispatch import DECODE_ATTENTION
-from transformers import Cache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from .packed_linear import can_pack, worth_packing
@@ -176,8 +177,8 @@ def in_stock_loop(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
                 f"`{own}` is {getattr(config, own)!r}, which {loop} (`{name}`) does not honour. Set it to "
                 f"None, or leave `{name}` out."
             )
-    past = kwargs.get("past_key_values")
-    if mode is GenerationMode.ASSISTED_GENERATION and isinstance(past, Cache) and past.get_seq_length():
+    past = kwargs.get(CACHE_ARGUMENT)
+    if mode is GenerationMode.ASSISTED_GENERATION and past is not None and past.get_seq_length():
         raise ValueError(
             f"`past_key_values` holds {past.get_seq_length()} tokens, but {loop} (`{name}`) in transformers skips "
             f"what stands between them and the last token. Pass an empty cache, or leave `{name}` out."

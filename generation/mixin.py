@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from multiverse.cache_argument import CACHE_ARGUMENT, take_cache
 from multiverse.forced import HeaderTokens
 from multiverse.kernels.dispatch import resolve_decode_attention
 from multiverse.masking_multiverse import CachedStructure
@@ -99,7 +100,8 @@ class MultiverseGenerationMixin(GenerationMixin):
                 contrastive search, paged caches).
         """
         self.set_generation_defaults()
-        if isinstance(past := kwargs.get("past_key_values"), Cache):
+        if (past := take_cache(kwargs)) is not None:
+            kwargs[CACHE_ARGUMENT] = past
             setattr(past, WANTED, True)
         given = inputs if inputs is not None else kwargs.get("input_ids")
         check_generate_arguments(given, generation_config, kwargs, self.generation_config)
@@ -173,7 +175,7 @@ class MultiverseGenerationMixin(GenerationMixin):
         prompts = [row[kept].tolist() for row, kept in zip(input_ids.cpu(), real, strict=True)]
         if not all(prompts):
             raise ValueError("`attention_mask` hides every token of a row. Give each row at least one prompt token.")
-        past = model_kwargs.get("past_key_values")
+        past = take_cache(model_kwargs)
         columns = cached_columns(past, input_ids, real)
         as_dict = bool(generation_config.return_dict_in_generate)
         sampling = SamplingOptions(
@@ -221,5 +223,5 @@ class MultiverseGenerationMixin(GenerationMixin):
                 assert output.sequences is not None and output.branch_ids is not None  # noqa: PT018
                 real = torch.cat([real, output.branch_ids[:, real.shape[1] :].cpu() >= 0], dim=1)
                 return_past(past, engine.model_step.cache, requests, output.sequences, real)
-                output.past_key_values = past
+                setattr(output, CACHE_ARGUMENT, past)
         return output if as_dict else output.sequences

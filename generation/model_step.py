@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from multiverse.cache_argument import CACHE_ARGUMENT
 from multiverse.kernels.decode_plan import ROWS_PER_WORD, DecodePlan, RequestQueries, pack_rows
 from multiverse.kernels.folded import fold_mask
 from multiverse.kernels.path_mask import PathMask
@@ -288,11 +289,11 @@ class ModelStep:
             input_ids=on_device([[token for each in new for token in each.ids] + filling], device),
             attention_mask=self._prepared,
             position_ids=on_device([[place for each in new for place in each.positions] + filling], device),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=on_device(keep + [0] * max(0, row - len(keep)), device),
             return_dict=True,
             path_plan=StepPlan(segments, self.implementation, decode),
+            **{CACHE_ARGUMENT: self.cache},
         )
         return outputs.logits[0, : len(keep)]
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from multiverse.layout import BranchLayout
 from multiverse.structure import Block
-from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from .branch import Token
 from .report import RequestReport
@@ -15,7 +14,7 @@ from .sampling import SamplingOptions
 
 
 @dataclass
-class MultiverseGenerateOutput(ModelOutput):
+class MultiverseGenerateOutput(GenerateDecoderOnlyOutput):
     """Sequences in linear order (LAYOUT.md, section 2) with what is known of every token.
 
     Shapes: B rows, N tokens of the longest row (prompt, padding on its own side, and continuation).
@@ -35,19 +34,16 @@ class MultiverseGenerateOutput(ModelOutput):
         blocks (`list[list[Block]]`): per row the tree of blocks, spans counted from the row's first real token.
         reports (`list[RequestReport]`): per row.
         past_key_values (`Cache`): keys and values of the first columns of `sequences`, for a second turn: those that
-            every row has run, which is all but the last where the call was given a cache.
+            every row has run, which is all but the last where the call was given a cache. transformers from 5.24 on
+            calls the field `cache`, and still answers to this name.
     """
 
-    sequences: torch.Tensor | None = None
     sampled: torch.Tensor | None = None
     branch_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
-    logits: tuple[torch.Tensor, ...] | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
     blocks: list[list[Block]] | None = None
     reports: list[RequestReport] | None = None
-    past_key_values: Cache | None = None
 
 
 def collect_output(
@@ -91,13 +87,13 @@ def collect_output(
         blocks.append(layout.blocks)
     device = input_ids.device
     return MultiverseGenerateOutput(
-        sequences=sequences.to(device),
+        sequences=sequences.to(device),  # type: ignore[arg-type]  # transformers annotates more narrowly
         sampled=sampled.to(device),
         branch_ids=branch_ids.to(device),
         position_ids=position_ids.to(device),
         logprobs=logprobs.to(device) if kept.keep_logprobs else None,
-        logits=tuple(_stacked(row, "logits") for row in tokens) if kept.keep_logits else None,
-        scores=tuple(_stacked(row, "scores") for row in tokens) if kept.keep_scores else None,
+        logits=tuple(_stacked(row, "logits") for row in tokens) if kept.keep_logits else None,  # type: ignore[arg-type]
+        scores=tuple(_stacked(row, "scores") for row in tokens) if kept.keep_scores else None,  # type: ignore[arg-type]
         blocks=blocks,
         reports=[RequestReport.of(request) for request in requests],
     )

@@ -39,6 +39,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .cache_argument import CACHE_ARGUMENT, take_cache
 from .checkpoint_tags import HUB_ARGUMENTS, with_tags_of_checkpoint
 from .configuration_multiverse import (
     MultiverseConfig,
@@ -63,6 +64,7 @@ class MultiverseModelMixin:
     - A batch without a block runs the parent's forward untouched: same cost, same numbers.
     - With a block, mask and positions follow LAYOUT.md, for padded, packed and cached input.
     - A 4D `attention_mask` takes precedence: the caller then gives `position_ids` too.
+    - `past_key_values` may come as `cache`, where transformers calls it so.
     - A `PreparedLayout` in the keyword arguments stands for the tags, which are then not read.
     """
 
@@ -76,6 +78,12 @@ class MultiverseModelMixin:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        past_key_values = take_cache(kwargs, past_key_values)
+        if past_key_values is None and "path_plan" in kwargs:
+            raise ValueError(
+                f"`{CACHE_ARGUMENT}`, which `generate()` has passed, did not arrive at the backbone. Generate with a "
+                "model whose `forward` nobody has replaced, or install an older transformers."
+            )
         state = None
         layout = PreparedLayout.taken_from(kwargs)
         if layout is not None:
@@ -120,9 +128,9 @@ class MultiverseModelMixin:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE_ARGUMENT: past_key_values},
             **kwargs,
         )
         if state is not None:

@@ -1,40 +1,90 @@
-"""Checkpoints pass between two minor versions of transformers, through their own code and with the package.
+"""Checkpoints pass between minor versions of transformers, through their own code and with the package.
 
-The older version lies in a folder of its own (see the Makefile); the newer is the one that runs the tests.
+The oldest and the newest supported version lie in folders of their own (see the Makefile); the one between them runs
+the tests. What is exchanged is also spoken with: transformers 5.24 has renamed the argument that holds the cache.
 """
 
+import inspect
 import sys
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
 import bare_environment
 import pytest
 import torch
+from cases import TOLERANCE
 from multiverse import MultiverseForCausalLM
-from placing import OPTIONS, PROMPT, check_forked, logits_of, write_checkpoint
+from packaging.requirements import Requirement
+from placing import OPTIONS, PROMPT, check_forked, write_checkpoint
+from tiny import goal, tiny_ids
+from transformers import DynamicCache
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDER = Path(sys.prefix) / "older"
+FOLDERS = {name: Path(sys.prefix) / name for name in ("older", "newer")}
+#: Behind the first turn: two more paths.
+QUESTION = torch.tensor([tiny_ids(f"_ v w {goal('xy')}")])
 
-pytestmark = pytest.mark.skipif(
-    not (OLDER / "transformers").is_dir(), reason="needs an older transformers beside the installed one (`make venv`)"
+
+def version_in(folder: Path) -> str | None:
+    """The version of the transformers in a folder of packages, if there is one."""
+    return next((found.version for found in distributions(name="transformers", path=[str(folder)])), None)
+
+
+every_other = pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(
+            folder,
+            id=name,
+            marks=pytest.mark.skipif(
+                version_in(folder) in (None, version("transformers")),
+                reason=f"needs another transformers than the installed one in {name} (`make venv`)",
+            ),
+        )
+        for name, folder in FOLDERS.items()
+    ],
 )
 
-#: What both environments run on a checkpoint; the second argument says what it must give, if that is known.
-COMMON = """
-import torch
-from transformers import AutoModelForCausalLM, __version__
 
-def results(model, data):
+def results(model: Any, data: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Two turns on one cache, and one forward pass that goes on from it."""
     model.eval()
-    sequences = model.generate(data["prompt"], **data["options"]).sequences
+    cache = DynamicCache()
+
+    def turn(ids: torch.Tensor) -> Any:
+        # Random weights may say the padding token.
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **data["options"])
+
+    first = turn(data["prompt"])
+    assert data["prompt"].shape[1] < cache.get_seq_length() < first.sequences.shape[1]
+    conversation = torch.cat([first.sequences, data["question"]], dim=1)
+    second = turn(conversation)
+    cached = cache.get_seq_length()
+    assert conversation.shape[1] < cached < second.sequences.shape[1]
+    for output in (first, second):
+        assert output.reports[0].sequential_steps < output.reports[0].generated_tokens
     with torch.no_grad():
-        return {"sequences": sequences, "logits": model(sequences).logits}
+        whole = model(second.sequences).logits
+        rest = model(second.sequences[:, cached:], past_key_values=cache).logits
+    # Not to the last bit from version to version: 5.23 attends from a single token in a way of its own.
+    assert (rest - whole[:, cached:]).abs().max() <= data["tolerance"]
+    return {"first": first.sequences, "second": second.sequences, "logits": whole}
+
+
+#: What every environment runs on a checkpoint; the second argument says what it must give.
+COMMON = f"""
+from typing import Any
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, __version__
+
+{inspect.getsource(results)}
 
 def check(model, expected):
     found = results(model, expected)
     assert all(torch.equal(found[name], expected[name]) for name in found)
+    return found
 
 def through_its_own_code(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -42,68 +92,82 @@ def through_its_own_code(folder):
     return model
 """
 
-OLDER_SCRIPT = (
+OTHER_SCRIPT = (
     COMMON
     + """
-newer, older, package = sys.argv[1:4]
-expected = torch.load(newer + ".pt")
-check(through_its_own_code(newer), expected)
+ours, theirs, package = sys.argv[1:4]
+expected = torch.load(ours + ".pt")
+check(through_its_own_code(ours), expected)
 sys.path.append(package)
 from multiverse import MultiverseForCausalLM
-model = MultiverseForCausalLM.from_pretrained(newer)
-check(model, expected)
-model.save_pretrained(older)
-torch.save({**expected, **results(model, expected)}, older + ".pt")
+model = MultiverseForCausalLM.from_pretrained(ours)
+torch.save({**expected, **check(model, expected)}, theirs + ".pt")
+model.save_pretrained(theirs)
 print("\\nran", __version__)
 """
 )
 
-NEWER_SCRIPT = (
+INSTALLED_SCRIPT = (
     COMMON
     + """
-older = sys.argv[1]
-check(through_its_own_code(older), torch.load(older + ".pt"))
+theirs = sys.argv[1]
+check(through_its_own_code(theirs), torch.load(theirs + ".pt"))
 print("\\nran", __version__)
 """
 )
 
 
-def test_checkpoints_pass_between_two_minor_versions(tmp_path: Path) -> None:
-    newer, older = write_checkpoint(tmp_path / "newer", "qwen2"), tmp_path / "older"
-    model = MultiverseForCausalLM.from_pretrained(newer)
-    output = model.generate(PROMPT, **OPTIONS)
-    check_forked(output)
-    expected: dict[str, Any] = {"prompt": PROMPT, "options": OPTIONS, "sequences": output.sequences}
-    torch.save({**expected, "logits": logits_of(model, output.sequences)}, f"{newer}.pt")
+@every_other
+def test_checkpoints_pass_between_two_minor_versions(beside: Path, tmp_path: Path) -> None:
+    ours, theirs = write_checkpoint(tmp_path / "ours", "qwen2"), tmp_path / "theirs"
+    model = MultiverseForCausalLM.from_pretrained(ours)
+    check_forked(model.generate(PROMPT, **OPTIONS))
+    given: dict[str, Any] = {"prompt": PROMPT, "question": QUESTION, "options": OPTIONS}
+    given["tolerance"] = TOLERANCE[model.dtype]
+    expected = results(model, given)
+    conversation = torch.cat([expected["first"], QUESTION], dim=1)
+    without_cache = model.generate(conversation, attention_mask=torch.ones_like(conversation), **OPTIONS)
+    assert torch.equal(expected["second"], without_cache.sequences)
+    torch.save({**given, **expected}, f"{ours}.pt")
 
-    with_older = with_older_transformers(tmp_path / "with-older")
     package = tmp_path / "package"
     package.mkdir()
     (package / "multiverse").symlink_to(ROOT / "modeling_multiverse")
-    homes = [tmp_path / name for name in ("home-older", "home-newer")]
+    homes = [tmp_path / name for name in ("home-other", "home-installed")]
     for home in homes:
         home.mkdir()
-    printed = bare_environment.run(with_older, OLDER_SCRIPT, homes[0], str(newer), str(older), str(package))
-    installed = version("transformers")
-    assert (ran := printed.split()[-1]) != installed
-    assert minor(ran) == (5, minor(installed)[1] - 1)
-    assert f'"transformers_version": "{ran}"' in (older / "config.json").read_text()
+    with_other = with_transformers_of(beside, tmp_path / "with-other")
+    printed = bare_environment.run(with_other, OTHER_SCRIPT, homes[0], str(ours), str(theirs), str(package))
+    assert (ran := printed.split()[-1]) == version_in(beside) != version("transformers")
+    assert f'"transformers_version": "{ran}"' in (theirs / "config.json").read_text()
 
-    with_newer = bare_environment.build(tmp_path / "with-newer")
-    printed = bare_environment.run(with_newer, NEWER_SCRIPT, homes[1], str(older))
-    assert printed.split()[-1] == installed
-    known = torch.load(f"{older}.pt")
-    loaded = MultiverseForCausalLM.from_pretrained(older)
-    assert torch.equal(loaded.generate(PROMPT, **OPTIONS).sequences, known["sequences"])
-    assert torch.equal(logits_of(loaded, known["sequences"]), known["logits"])
+    with_installed = bare_environment.build(tmp_path / "with-installed")
+    printed = bare_environment.run(with_installed, INSTALLED_SCRIPT, homes[1], str(theirs))
+    assert printed.split()[-1] == version("transformers")
+    known = torch.load(f"{theirs}.pt")
+    found = results(MultiverseForCausalLM.from_pretrained(theirs), given)
+    assert all(torch.equal(found[name], known[name]) for name in found)
 
 
-def with_older_transformers(folder: Path) -> Path:
-    """The bare environment, with the older version in the place of the installed one."""
+@pytest.mark.skipif(
+    None in map(version_in, FOLDERS.values()), reason="needs an older and a newer transformers (`make venv`)"
+)
+def test_the_versions_beside_the_installed_one_are_the_ends_of_what_is_supported() -> None:
+    lines = [line.strip(' ",') for line in (ROOT / "pyproject.toml").read_text().splitlines()]
+    (supported,) = (line for line in lines if line.startswith("transformers"))
+    ends = {each.operator: minor(each.version) for each in Requirement(supported).specifier}
+    assert set(ends) == {">=", "<"}
+    older, newer = (minor(version_in(folder) or "") for folder in FOLDERS.values())
+    assert older == ends[">="]
+    assert (newer[0], newer[1] + 1) == ends["<"]
+
+
+def with_transformers_of(beside: Path, folder: Path) -> Path:
+    """The bare environment, with another version in the place of the installed one."""
     bare_environment.build(folder)
     for link in folder.glob("transformers*"):
         link.unlink()
-    for source in OLDER.glob("transformers*"):
+    for source in beside.glob("transformers*"):
         (folder / source.name).symlink_to(source)
     return folder
 

@@ -19,13 +19,21 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Folder of every package in the repository and in the wheel.
 PACKAGES = {
     "modeling_multiverse": "multiverse",
+    "curator": "multiverse/curator",
     "generation": "multiverse/generation",
     "hub_card": "multiverse/hub_card",
     "kernels": "multiverse/kernels",
     "trainer": "multiverse/trainer",
 }
 #: What the packages read at run time, beside their modules.
-DATA = ("modeling_multiverse/py.typed", "hub_card/*.jinja", "hub_card/adapter/*", "trainer/configs/*")
+DATA = (
+    "modeling_multiverse/py.typed",
+    "curator/*.jinja",
+    "curator/prompts/*",
+    "hub_card/*.jinja",
+    "hub_card/adapter/*",
+    "trainer/configs/*",
+)
 
 SAVE = """
 import torch

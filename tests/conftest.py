@@ -14,7 +14,26 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 
 pytest.register_assert_rewrite(
-    "batches", "decode_cases", "decoding", "forward", "kernel_cases", "scripted_requests", "tiny", "training", "turns"
+    "batches",
+    "curated",
+    "curated_chain",
+    "curated_problems",
+    "decode_cases",
+    "decoding",
+    "forward",
+    "hub_http",
+    "hub_objects",
+    "hub_stand_in",
+    "kernel_cases",
+    "one_record",
+    "page_reader",
+    "placing",
+    "published",
+    "scripted_llm",
+    "scripted_requests",
+    "tiny",
+    "training",
+    "turns",
 )
 
 # Triton reads it when a kernel is decorated, so it must stand before anything imports one. Without a GPU the kernels

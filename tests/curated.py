@@ -183,7 +183,7 @@ def results(path: Path) -> bytes:
 
 def http_options(url: str, **fields: Any) -> StageOptions:
     """For a scripted server, which sees by the seed which attempt it is asked for."""
-    return StageOptions(ModelOptions("toy", base_url=url, **{"timeout": 0.5, "seed": 0, **fields}))
+    return StageOptions(ModelOptions("toy", base_url=url, **{"timeout": 60.0, "seed": 0, **fields}))
 
 
 def curate_over_http(path: str, url: str, count: int, concurrency: int) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import email.utils
 import logging
+import threading
 
 import pytest
 import scripted_llm
@@ -100,7 +101,7 @@ def test_what_may_pass_is_tried_again(fault):
 def test_a_hanging_endpoint_is_left_after_the_timeout_and_tried_again():
     clock = Clock()
     with ScriptedLLM(two, faults("hang")) as llm:
-        assert ask(clock.models(), options_for(llm, timeout=0.3)).text == "two paths"
+        assert ask(clock.models(), options_for(llm, timeout=1.0)).text == "two paths"
     assert sum(llm.requests.values()) == 2
 
 
@@ -190,20 +191,26 @@ def test_every_personality_is_answered_in_the_end():
     for name, personality in scripted_llm.PERSONALITIES.items():
         with ScriptedLLM(two, personality) as llm:
             for number in range(4):
-                ask(Clock().models(), options_for(llm, timeout=0.2), [{"role": "user", "content": f"{name} {number}"}])
-            assert sum(llm.answered.values()) == 4
+                ask(Clock().models(), options_for(llm, timeout=0.5), [{"role": "user", "content": f"{name} {number}"}])
+            assert len(llm.answered) == 4
 
 
 def test_calls_share_connections_beyond_the_pool_of_one_client():
+    # Nobody is answered before all have arrived.
+    everyone = threading.Barrier(120)
+
+    def together(digest: str, visit: int) -> Mood:
+        everyone.wait(60)
+        return Mood()
+
     async def many(models: Models, options: ModelOptions) -> list[Completion]:
         async with models:
             calls = [models.complete([{"role": "user", "content": str(number)}], options) for number in range(120)]
             return await asyncio.gather(*calls)
 
-    with ScriptedLLM(lambda messages: messages[0]["content"], lambda digest, visit: Mood(latency=1.0)) as llm:
-        found = asyncio.run(many(Models(), options_for(llm)))
+    with ScriptedLLM(lambda messages: messages[0]["content"], together) as llm:
+        found = asyncio.run(many(Models(), options_for(llm, tries=1)))
     assert [answer.text for answer in found] == list(map(str, range(120)))
-    assert llm.most_open == 120
 
 
 # Keys

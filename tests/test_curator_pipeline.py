@@ -81,10 +81,11 @@ def test_results_do_not_depend_on_concurrency_or_order(tmp_path, personality):
     for run, concurrency, in_flight in (("a", 1, 1), ("b", 16, None), ("c", 3, 20)):
         path = tmp_path / run
         with ScriptedLLM(toy_answer, moods) as llm:
-            options = http_options(llm.url, timeout=0.15)
+            options = http_options(llm.url, timeout=0.3 if personality == "failing" else 60.0)
             limits = {"concurrency": concurrency, "in_flight": in_flight}
             curate(path, Models(sleep=at_once), toy_chains(8), options=options, **limits)
-            assert llm.most_open <= concurrency
+            # A call that was given up may still be open there when it is sent again.
+            assert llm.most_open <= concurrency or personality == "failing"
         found.append(results(path))
     assert found[0] == found[1] == found[2]
     if personality == "sloppy":

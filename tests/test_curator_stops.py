@@ -3,7 +3,6 @@
 import asyncio
 import random
 import signal
-import threading
 
 import pytest
 from curated import (
@@ -55,21 +54,20 @@ def test_a_signal_lets_open_calls_end_stores_them_and_begins_no_others(path, tmp
 
 
 def test_a_second_signal_and_the_end_of_the_grace_give_open_calls_up(path):
-    def hanging(messages):
-        return toy_answer(messages)
+    class Signalling(InProcess):
+        """Sends signals to its own process once a call is open, and hangs."""
 
-    for run, grace in (("twice", 60.0), ("once", 0.05)):
-        backend = InProcess(hanging, pause=60.0)
-        signals = 2 if run == "twice" else 1
-        timers = [
-            threading.Timer(0.2 + 0.2 * number, signal.raise_signal, [signal.SIGTERM]) for number in range(signals)
-        ]
-        for timer in timers:
-            timer.start()
+        async def complete(self, messages, options):
+            if not self.calls:
+                for number in range(signals):
+                    asyncio.get_running_loop().call_later(0.05 * number, signal.raise_signal, signal.SIGTERM)
+            return await super().complete(messages, options)
+
+    for signals, grace in ((2, 600.0), (1, 0.05)):
+        backend = Signalling(pause=600.0)
         with pytest.raises(SystemExit):
-            curate(path.with_name(run), backend, grace=grace)
-        for timer in timers:
-            timer.join()
+            curate(path.with_name(str(signals)), backend, grace=grace)
+        assert backend.calls
         assert backend.open == 0
 
 

@@ -71,7 +71,7 @@ class MultiverseGenerationMixin(GenerationMixin):
 
     `past_key_values` of an earlier turn may be passed along with the whole text, the cached tokens first: the returned
     `sequences` and what follows them. The cache that is passed is filled anew, so one `DynamicCache` serves a whole
-    conversation, and forward passes too.
+    conversation, and forward passes too. transformers from 5.24 on calls the argument `cache`; both names work there.
     """
 
     def set_generation_defaults(self) -> None:

@@ -57,6 +57,7 @@ def exported(folder: Path) -> dict[str, bytes]:
 def test_two_hundred_chains_through_models_of_every_mood(tmp_path):
     with ScriptedLLM(right_answer, every_mood) as llm:
         curate(tmp_path / STORE_FILE, llm.url, 200)
+        llm.wait_until_idle()
         # Nothing that was answered in full is asked again, but by another attempt.
         seeds = [(json.dumps(body["messages"]), body["seed"]) for body in llm.bodies]
         assert len(llm.bodies) > len(set(seeds)), "no model has failed"
@@ -91,7 +92,7 @@ def test_two_hundred_chains_through_models_of_every_mood(tmp_path):
 
 
 def test_kill_9_at_twenty_moments_changes_nothing(tmp_path):
-    count, rng, kills = 60, random.Random(3), 0
+    count, rng, kills = 150, random.Random(3), 0
     # Forked, so that a kill costs no start of an interpreter.
     processes = multiprocessing.get_context("fork")
     folders = {name: tmp_path / name for name in ("killed", "undisturbed")}
@@ -102,7 +103,7 @@ def test_kill_9_at_twenty_moments_changes_nothing(tmp_path):
         for _ in range(60):
             process = processes.Process(target=curate, args=(path, llm.url, count))
             process.start()
-            process.join(rng.uniform(0.05, 0.5))
+            process.join(rng.uniform(0.03, 0.3))
             if not process.is_alive():
                 break
             process.kill()

@@ -65,7 +65,7 @@ def test_a_draft_goes_to_json_and_back(draft):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_going_back_to_a_stage_gives_the_draft_that_it_began_with(stage):
-    assert curated().back_to(stage) == curated(until=stage, checks=False)
+    assert curated().back_to(stage) == curated(until=stage)
 
 
 @pytest.mark.parametrize(

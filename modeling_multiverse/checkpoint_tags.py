@@ -115,7 +115,13 @@ def _may_know_tags(checkpoint: str | os.PathLike, where: dict[str, Any]) -> bool
                 _raise_exceptions_for_connection_errors=False,
             )
             text = "" if path is None else Path(path).read_text(encoding="utf-8", errors="replace")
-        except Exception:  # what hinders loading is met again, and told of, where the weights are loaded
+        except (OSError, ValueError) as error:
+            # What hinders loading altogether is met again where the weights are loaded; a file that is there and
+            # cannot be read is not, and the model would lack its tags without a word.
+            logger.warning_once(
+                f"{name} of {checkpoint} cannot be read, so it is not known whether its tokenizer has the Multiverse "
+                f"tags ({error}). Repair it, or call `multiverse.add_multiverse_tokens(model, tokenizer)`."
+            )
             continue
         if all(f'"{tag}"' in text for tag in TAGS):
             return True

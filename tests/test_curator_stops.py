@@ -197,4 +197,6 @@ def test_a_killed_process_leaves_no_lock_behind(path):
             process.join(0.005)
         process.kill()
         process.join()
-    Store(path).close()
+    with Store(path) as store:
+        # Open for writing, with all its input.
+        assert sum(store.counts().values()) == 10

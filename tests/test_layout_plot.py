@@ -114,7 +114,9 @@ def test_given_axes_are_drawn_on(two_paths):
 
 
 def test_an_empty_text_has_empty_pictures():
-    BranchLayout.from_token_ids([], token_ids).plot(axes=new_axes(2)).draw_without_rendering()
+    figure = BranchLayout.from_token_ids([], token_ids).plot(axes=new_axes(2))
+    figure.draw_without_rendering()
+    assert [len(axes.patches) + len(axes.collections) + len(axes.lines) for axes in figure.axes] == [0, 0]
 
 
 def test_arguments_that_do_not_fit_are_named(two_paths):

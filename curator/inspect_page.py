@@ -24,8 +24,8 @@ from multiverse.curator.output import (
 from multiverse.curator.records import Draft
 from multiverse.curator.source_colours import coloured_pieces, step_colours
 from multiverse.curator.sources import Row, open_rows
-from multiverse.hub_card.drawings import STYLE, escaped, timeline_svg, tree_html
-from multiverse.hub_card.page import TaggedText
+from multiverse.hub_card.drawings import escaped, timeline_svg, tree_html
+from multiverse.hub_card.page import TaggedText, page_head
 from multiverse.hub_card.view import from_text
 from multiverse.version import __version__
 
@@ -163,9 +163,7 @@ def render_records(records: Sequence[InspectedRecord], title: str = "records") -
         raise ValueError("`records` is empty. Pass at least one.")
     finished = sum(record.finished for record in records)
     parts = [
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{STYLE}{_STYLE}</style></head>",
+        page_head(title, _STYLE),
         f'<body class="cu-page"><header><h1>{escaped(title)}</h1><p>{finished:,} finished and '
         f"{len(records) - finished:,} rejected records are shown. {_INTRODUCTION}</p></header><main>",
     ]

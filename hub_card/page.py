@@ -124,6 +124,15 @@ def all_blocks(layout: BranchLayout) -> list[Block]:
     return found
 
 
+def page_head(title: str, style: str) -> str:
+    """The head of a self-contained page: the drawings' style sheet, and the page's own after it."""
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}{style}</style></head>"
+    )
+
+
 def render_page(texts: Sequence[TaggedText], title: str = "Multiverse") -> str:
     """A page that needs nothing but itself: no scripts, no fonts, no pictures from elsewhere.
 
@@ -139,12 +148,7 @@ def render_page(texts: Sequence[TaggedText], title: str = "Multiverse") -> str:
     """
     if not texts:
         raise ValueError("`texts` is empty. Pass at least one text.")
-    parts = [
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{STYLE}{_PAGE_STYLE}</style></head>",
-        f'<body class="mv-page"><header><h1>{escaped(title)}</h1>{_INTRODUCTION}',
-    ]
+    parts = [page_head(title, _PAGE_STYLE), f'<body class="mv-page"><header><h1>{escaped(title)}</h1>{_INTRODUCTION}']
     if len(texts) > 1:
         links = (f'<li><a href="#text-{n}">{escaped(text.name)}</a></li>' for n, text in enumerate(texts, start=1))
         parts.append(f"<nav><ol>{''.join(links)}</ol></nav>")

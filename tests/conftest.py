@@ -1,8 +1,10 @@
 """Lets pytest explain a failed assertion in the support modules as it does in the test files, and chooses how Triton
 kernels and torch run."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell script; the tests interrupt themselves and their processes.
@@ -39,3 +41,21 @@ pytest.register_assert_rewrite(
 # Triton reads it when a kernel is decorated, so it must stand before anything imports one. Without a GPU the kernels
 # run in Triton's interpreter; with one, `TRITON_INTERPRET=0 pytest` compiles them.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def warnings_of_transformers() -> Iterator[list[str]]:
+    """What transformers and this package log from warnings on (their loggers do not propagate to `caplog`)."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Collector(level=logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("transformers", "multiverse")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield found
+    for logger in loggers:
+        logger.removeHandler(handler)

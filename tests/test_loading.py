@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,21 +57,6 @@ WORDS = torch.arange(FIRST_WORD, FIRST_WORD + 12)[None]
 _TAGS = ("<Parallel>", "<Goal>", "<Outline>", "</Outline>", "</Goal>", "<Path>", "</Path>", "<Path>", "</Path>")
 _TAGS += ("<Conclusion>", "</Conclusion>", "</Parallel>")
 TAGGED = torch.tensor([[token_id for tag in _TAGS for token_id in (TOKEN_IDS[tag], NEWLINE, FIRST_WORD + len(tag))]])
-
-
-@pytest.fixture
-def warnings_of_transformers() -> Iterator[list[str]]:
-    """Warnings and errors that transformers logs (its loggers do not propagate, so `caplog` would not see them)."""
-    found: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    logger, handler = logging.getLogger("transformers"), Collector(level=logging.WARNING)
-    logger.addHandler(handler)
-    yield found
-    logger.removeHandler(handler)
 
 
 def plain_checkpoint(folder: Path, architecture: str, **fields) -> PreTrainedModel:

@@ -1,9 +1,7 @@
 """Published weights: a plain Qwen2 checkpoint whose tokenizer knows the tags is a Multiverse model as it stands."""
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +56,6 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen2.5 itself, without tags; not to be written to."""
     return write_published(tmp_path_factory.mktemp("plain") / "checkpoint", tags=())
-
-
-@pytest.fixture
-def warnings_of_transformers() -> Iterator[list[str]]:
-    """What transformers and this package log (their loggers do not propagate to `caplog`)."""
-    found: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    handler = Collector(level=logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("transformers", "multiverse")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    yield found
-    for logger in loggers:
-        logger.removeHandler(handler)
 
 
 def chat(tokenizer: Any, answer: str = "") -> torch.Tensor:

@@ -353,6 +353,18 @@ def test_checkpoint_without_a_tokenizer_loads(copied: Path, warnings_of_transfor
     assert warnings_of_transformers == []
 
 
+def test_tokenizer_file_that_cannot_be_read_is_told_of(
+    copied: Path, warnings_of_transformers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(*arguments: Any, **options: Any) -> str:
+        raise PermissionError("no leave to read it")
+
+    monkeypatch.setattr("multiverse.checkpoint_tags.cached_file", unreadable)
+    loaded = MultiverseForCausalLM.from_pretrained(copied)
+    assert loaded.config.multiverse_token_ids is None
+    assert any("tokenizer_config.json" in told and "no leave to read it" in told for told in warnings_of_transformers)
+
+
 def test_code_of_a_tokenizer_is_not_run(copied: Path) -> None:
     settings = json.loads((copied / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}

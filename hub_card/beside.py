@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 
 def write_beside(folder: str | os.PathLike, config: PreTrainedConfig, name: str | None = None) -> None:
-    """Writes the code anew, and a card where there is none.
+    """Writes the code anew, and a card where nobody has written one.
 
     Args:
         folder (`str` or `os.PathLike`): of the checkpoint.

@@ -165,10 +165,22 @@ def make_card(facts: CardFacts, config: PreTrainedConfig, answer: Answer | None 
 
 
 def write_card_where_none_is(folder: str | Path, config: PreTrainedConfig, name: str | None = None) -> None:
-    """Gives a saved model a card that says what is known and what is not; leaves a card that is there alone."""
+    """Gives a saved model a card that says what is known and what is not.
+
+    A card that somebody has written is left alone; transformers' card of a new repository, unfilled, is not one.
+    """
     folder = Path(folder)
-    if not (folder / CARD).exists():
+    if not (folder / CARD).exists() or is_unfilled(folder / CARD):
         make_card(CardFacts(name=name or folder.resolve().name), config).save(folder / CARD)
+
+
+def is_unfilled(card: Path) -> bool:
+    """Whether a card is the Hub's template with nothing in it but a line of description."""
+    marker = "0f1e2d3c"
+    before, after = ModelCard.from_template(ModelCardData(), model_description=marker).text.split(marker)
+    text = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).text
+    filled = text.strip().removeprefix(before.strip()).removesuffix(after.strip()).strip()
+    return text.strip().startswith(before.strip()) and text.strip().endswith(after.strip()) and "\n" not in filled
 
 
 def answer_example(facts: CardFacts, model: Any, tokenizer: Any) -> Answer | None:

@@ -73,16 +73,22 @@ class MultiverseConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in the parent, with a card, and code that others load the checkpoint with (`trust_remote_code=True`)."""
-        write, name = MultiverseConfig.folder_writer, type(self).__name__.removesuffix("Config")
-        # Subclasses of users are theirs to publish.
-        if write is not None and type(self) in CONFIG_CLASSES.values():
-            write(save_directory, self)
+        name = type(self).__name__.removesuffix("Config")
+        if self.write_beside(save_directory):
             self.auto_map = {  # type: ignore[misc]
                 "AutoConfig": f"configuration_multiverse.{name}Config",
                 "AutoModel": f"modeling_multiverse.{name}Model",
                 "AutoModelForCausalLM": f"modeling_multiverse.{name}ForCausalLM",
             }
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def write_beside(self, folder: str | os.PathLike, name: str | None = None) -> bool:
+        """Lets `folder_writer` write code and card, under the name of the model; returns whether there was anything to
+        write: subclasses of users are theirs to publish."""
+        if MultiverseConfig.folder_writer is None or type(self) not in CONFIG_CLASSES.values():
+            return False
+        MultiverseConfig.folder_writer(folder, self, name)
+        return True
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

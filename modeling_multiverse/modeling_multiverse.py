@@ -8,7 +8,6 @@ backbone by itself and would walk past anything the causal-LM class adds.
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -315,15 +314,8 @@ class MultiverseForCausalLM(MultiverseGenerationMixin):
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """As in the parent, with our card in the place of the empty one that transformers writes for a new repo."""
-        write, card = MultiverseConfig.folder_writer, Path(working_dir) / "README.md"
-        if write is not None and card.is_file() and _STOCK_CARD in card.read_text(encoding="utf-8"):
-            card.unlink()
-            write(working_dir, self.config, repo_id)
+        self.config.write_beside(working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-
-#: What tells transformers' own card of a new repository.
-_STOCK_CARD = "This model card has been automatically generated"
 
 
 #: `from_pretrained` arguments that are the configuration's too.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_runs import fresh
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from multiverse import MultiverseConfig, MultiverseForCausalLM
 from multiverse.hub_card.checkpoint import ADAPTER, load_demo_model
 from multiverse.hub_card.export import export
@@ -97,12 +97,16 @@ def test_a_push_replaces_the_empty_card_of_transformers(tmp_path, monkeypatch):
         pushed[repo_id] = (Path(working_dir) / CARD).read_text()
 
     monkeypatch.setattr("transformers.PreTrainedModel._upload_modified_files", upload)
-    stock = "This is the model card of a model. This model card has been automatically generated."
-    for text, repo in ((stock, "me/new"), ("---\nlicense: mit\n---\nmine", "me/old")):
+    described = "This is the model card of a model that was pushed. It has been automatically generated."
+    stock = str(ModelCard.from_template(ModelCardData(library_name="transformers"), model_description=described))
+    edited = stock.replace("## Uses", "## Uses\n\nFor sums.")
+    assert edited != stock
+    for text, repo in ((stock, "me/new"), ("---\nlicense: mit\n---\nmine", "me/old"), (edited, "me/edited")):
         (tmp_path / CARD).write_text(text)
         model._upload_modified_files(str(tmp_path), repo, {})
     assert 'from_pretrained("me/new", trust_remote_code=True)' in pushed["me/new"]
     assert pushed["me/old"].endswith("mine")
+    assert pushed["me/edited"] == edited
 
 
 def test_base_and_name_come_from_what_is_known(tmp_path):

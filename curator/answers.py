@@ -9,7 +9,8 @@ from typing import Any
 from multiverse.curator.records import StageFailure
 from multiverse.tags import TAGS
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_BRACKET = re.compile(r'["{}\[\]]')
 _BEGINS_OBJECT = re.compile(r'\{\s*(?:"|\})')
 _TRAILING_COMMA = re.compile(r",(?=\s*[}\]])")
 # LaTeX between quotes that was not escaped. JSON reads `\frac` as a form feed and "rac"; neither form feeds nor
@@ -39,18 +40,19 @@ def read_object(stage: str, text: str) -> dict[str, Any]:
 
     Args:
         stage (`str`): what is to be done again where there is none.
-        text (`str`): the answer.
+        text (`str`): the answer. With a `finish_reason` of `"length"` (`asking.Answer`) it may be thoughts that were
+            cut off, whose drafts of an object are not the answer.
 
     Raises:
         StageFailure: if the answer is empty, was cut off, or holds no object.
     """
-    answer = text.strip()
+    answer, cut = text.strip(), getattr(text, "finish_reason", None) == "length"
     if not answer.startswith(("{", "`")):
         # Templates often open the thoughts in the prompt, so that `</think>` may stand alone.
         thoughts, closed, rest = answer.partition("</think>")
         answer = rest if closed else thoughts
-    if answer.startswith("<think>"):
-        raise StageFailure(stage, "The answer was cut off while thinking. Think less, and give the JSON object.")
+        if answer.startswith("<think>") or (cut and not (closed and rest.strip())):
+            raise StageFailure(stage, "The answer was cut off while thinking. Think less, and give the JSON object.")
     if not answer.strip():
         raise StageFailure(stage, "The answer was empty. Give one JSON object.")
     fault, at = "It holds no JSON object.", answer.find("{")
@@ -119,18 +121,19 @@ def label(stage: str, value: Any, where: str) -> str:
 
 def _object_end(text: str, start: int) -> int | None:
     """Where the object that begins at `start` ends, `None` if it does not."""
-    depth, at = 0, start
-    while at < len(text):
-        if text[at] == '"':
-            string = _STRING.match(text, at)
+    depth, found = 0, _BRACKET.search(text, start)
+    while found is not None:
+        end = found.end()
+        if found[0] == '"':
+            string = _STRING.match(text, found.start())
             if string is None:
                 return None
-            at = string.end()
-            continue
-        depth += {"{": 1, "[": 1, "}": -1, "]": -1}.get(text[at], 0)
-        at += 1
-        if depth == 0:
-            return at
+            end = string.end()
+        else:
+            depth += 1 if found[0] in "{[" else -1
+            if depth == 0:
+                return end
+        found = _BRACKET.search(text, end)
     return None
 
 
@@ -138,7 +141,11 @@ def _parse(text: str) -> dict[str, Any]:
     # LaTeX first: where it was not escaped, much of it is valid JSON of another meaning.
     parts, at = [], 0
     for string in _STRING.finditer(text):
-        parts += [_TRAILING_COMMA.sub("", text[at : string.start()]), _LATEX.sub(_escaped, string.group())]
+        content = string.group()
+        parts += [
+            _TRAILING_COMMA.sub("", text[at : string.start()]),
+            _LATEX.sub(_escaped, content) if "\\" in content else content,
+        ]
         at = string.end()
     # A comma and its bracket are parted by blanks alone, never by a string.
     return dict(json.loads("".join([*parts, _TRAILING_COMMA.sub("", text[at:])]), strict=False))

@@ -58,6 +58,14 @@ def worst_cost(messages: Sequence[Mapping[str, str]], options: ModelOptions) -> 
     return options.cost(prompt, options.max_tokens)
 
 
+def cost_of(completion: Completion, messages: Sequence[Mapping[str, str]], options: ModelOptions) -> float:
+    """The price of an answer. Where the endpoint has counted no tokens, they are taken to be as many as can be: no cap
+    would ever be reached otherwise."""
+    if completion.prompt_tokens or completion.completion_tokens:
+        return options.cost(completion.prompt_tokens, completion.completion_tokens)
+    return worst_cost(messages, options)
+
+
 class Budget:
     """Lets calls begin only while the caps hold whatever they turn out to cost.
 

@@ -1,5 +1,6 @@
 """The card of a curated dataset: made from `dataset_card.md.jinja`, its statistics and the provenance of its rows."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,12 @@ _SIZES = (
     (10**7, "1M<n<10M"),
 )
 _LARGEST = "n>10M"
+#: What the curator's own measures are.
+MEANINGS = {
+    "answer_checked": "1 where the final answer could be compared with the known one",
+    "content_distance": "edits in characters between the original and the text put together again, over the longer",
+    "path_distance": "largest share of a path's words that differ from its original's",
+}
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,14 @@ class ProvenanceSummary:
     """What the provenance of many rows says in sum.
 
     Of a row's provenance are read, where they are there: `models` and `prompts` (name or version by stage), `attempts`
-    (number by stage) and `measures` (number by name).
+    (number by stage), `measures` (number by name) and `bounds` (of these, likewise).
     """
 
     models: dict[str, set[str]] = field(default_factory=dict)
     prompts: dict[str, set[str]] = field(default_factory=dict)
     attempts: dict[str, list[float]] = field(default_factory=dict)
     measures: dict[str, list[float]] = field(default_factory=dict)
+    bounds: dict[str, set[float]] = field(default_factory=dict)
 
     def add(self, provenance: Mapping[str, Any]) -> None:
         """Takes in one row."""
@@ -73,6 +81,9 @@ class ProvenanceSummary:
             for stage, value in _mapping(provenance, name):
                 if isinstance(value, int | float):
                     counted.setdefault(stage, []).append(value)
+        for measure, bound in _mapping(provenance, "bounds"):
+            if isinstance(bound, int | float):
+                self.bounds.setdefault(measure, set()).add(bound)
 
     def stages(self) -> list[dict[str, str]]:
         """Rows of the card's table, in the order of the pipeline."""
@@ -92,12 +103,37 @@ class ProvenanceSummary:
             )
         return rows
 
-    def measured(self) -> dict[str, dict[str, float]]:
-        """Mean and largest value of every measure."""
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """How every measure is distributed, see `distribution`; with its bound where there is one."""
         return {
-            name: {"mean": sum(values) / len(values), "most": max(values)}
+            name: {**distribution(values), **({"bound": max(self.bounds[name])} if name in self.bounds else {})}
             for name, values in sorted(self.measures.items())
         }
+
+    def described(self) -> dict[str, str]:
+        """The same in words, for the card."""
+        return {
+            name: describe(values, self.bounds.get(name, ())) + (f": {MEANINGS[name]}" if name in MEANINGS else "")
+            for name, values in sorted(self.measures.items())
+        }
+
+
+def distribution(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median, ninth decile (both a value that is there) and the largest of some values."""
+    ordered = sorted(values)
+    ranks = {"median": 0.5, "ninth_decile": 0.9}
+    found = {name: ordered[math.ceil(share * len(ordered)) - 1] for name, share in ranks.items()}
+    return {"mean": sum(ordered) / len(ordered), **found, "most": ordered[-1]}
+
+
+def describe(values: Sequence[float], bounds: Iterable[float] = ()) -> str:
+    """How values are distributed, in words, and which bound they had to keep."""
+    found = distribution(values)
+    allowed = "".join(f", {bound:g} allowed" for bound in sorted(set(bounds)))
+    return (
+        f"{found['mean']:.4f} on average, {found['most']:.4f} at most{allowed}; half of them up to "
+        f"{found['median']:.4f}, nine in ten up to {found['ninth_decile']:.4f}"
+    )
 
 
 def make_dataset_card(
@@ -133,7 +169,7 @@ def make_dataset_card(
         figures=statistics.to_dict(),
         picture=picture,
         stages=provenance.stages(),
-        measures=provenance.measured(),
+        measures=provenance.described(),
         rejected=_in_order(rejected or {}),
         version=__version__,
         card_data=_metadata(facts, len(statistics.texts), data_file).to_yaml(),

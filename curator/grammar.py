@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from multiverse.curator.outline import MAX_DEPTH, nested_blocks
 from multiverse.curator.records import Node, StageFailure
-from multiverse.curator.rendering import LABEL, PLACEHOLDER, Pieces, read_pieces
+from multiverse.curator.rendering import LABEL, Pieces, find_placeholders, read_pieces
 from multiverse.structure import Block
 
 _STAGE = "branches"
@@ -13,7 +13,7 @@ _STAGE = "branches"
 def check_grammar(text: str, structure: Sequence[Node] | None = None) -> None:
     """A tagged text is well-formed (LAYOUT.md, section 1) and complete.
 
-    `BranchLayout` reads it: it has no problems, as many paths as outlines, no empty outline, path or conclusion,
+    It has no problems by the rules of `BranchLayout`, as many paths as outlines, no empty outline, path or conclusion,
     labels that count from `1:` (`2.1:` in a path 2), and blocks at most two deep.
 
     Args:
@@ -23,16 +23,16 @@ def check_grammar(text: str, structure: Sequence[Node] | None = None) -> None:
     Raises:
         StageFailure: if it is not; the model that wrote the texts of the blocks is to write them again.
     """
-    if found := PLACEHOLDER.search(text):
-        raise _failure(f"{found.group()} stands in the text where no block belongs")
+    if found := find_placeholders(text):
+        raise _failure(f"{found[0].group()} stands in the text where no block belongs")
     read = read_pieces(text)
-    if read.layout.problems:
-        problem = read.layout.problems[0]
+    if read.problems:
+        problem = read.problems[0]
         raise _failure(f"{problem.kind}: {problem.message}")
-    if not read.layout.blocks:
+    if not read.blocks:
         raise _failure("there is no <Parallel> block")
     wanted = None if structure is None else nested_blocks(Node("", children=tuple(structure)))
-    _check_blocks(read, read.layout.blocks, "", wanted, "the text", 1)
+    _check_blocks(read, read.blocks, "", wanted, "the text", 1)
 
 
 def _check_blocks(

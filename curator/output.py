@@ -156,7 +156,7 @@ def write_output(
     _write_lines(folder / REJECTS_FILE, [record.to_dict() for record in rejects])
     drafts = [{"id": each.chain.id, "draft": each.draft.to_dict()} for each in records if each.draft is not None]
     _write_lines(folder / DRAFTS_FILE, drafts)
-    _write_lines(folder / STATISTICS_FILE, [statistics.to_dict()], indent=1)
+    _write_lines(folder / STATISTICS_FILE, [{**statistics.to_dict(), "measures": provenance.measured()}], indent=1)
     if texts:
         _replace(folder / PICTURE_FILE, lambda path: save(draw(statistics), path))
     else:

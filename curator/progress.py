@@ -19,6 +19,7 @@ class Progress:
         calls (`int`): answers in the store.
         prompt_tokens (`int`), completion_tokens (`int`): of these.
         cost (`float`): likewise, in the currency of the prices.
+        set_aside (`int`): records that this run has left to the next one, for want of an answer.
     """
 
     total: int
@@ -28,6 +29,7 @@ class Progress:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
+    set_aside: int = 0
 
     @property
     def ended(self) -> int:
@@ -60,6 +62,7 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[Progress]
             tokens = state.prompt_tokens + state.completion_tokens
             story = f"{state.rejected} rejected, {state.calls:,} calls, {tokens:,} tokens"
             story += f", {state.cost:.2f} spent" if state.cost else ""
+            story += f", {state.set_aside} set aside" if state.set_aside else ""
             bars.update(task, total=state.total, completed=state.ended, story=story)
 
         yield show

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 
 from rapidfuzz.distance import Levenshtein
 
@@ -13,12 +14,13 @@ _NUMBERING = re.compile(
     r"(?:[.)](?!\d)|:(?!\d))",
     re.IGNORECASE | re.MULTILINE,
 )
-_DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)\$", re.DOTALL)
+# Here and below, every alternative begins with a character of its own, so that `re` skips all others.
+_DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?<![\\$]\$)([^$\n]+?)\$", re.DOTALL)
 _SIDE = r"[\w.^*/+\-()\[\]{}\\|!']+"
 _RELATION = re.compile(r"[=<>≤≥≠≈]")
 _EQUATION = re.compile(rf"(?<!\w){_SIDE}(?:\s*(?:[=<>≤≥≠≈]|<=|>=|!=)\s*{_SIDE})+")
-# Spelling that changes nothing about a formula.
-_SPELLING = re.compile(r"\s+|\$|\\[()\[\]]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;!:]|\*\*(?=\D)|~")
+# Spelling that changes nothing about a formula, besides blanks.
+_SPELLING = re.compile(r"\$|\\[()\[\]]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;!:]|\*\*(?=\D)|~")
 _GREEK = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi "
     "omega Gamma Delta Theta Lambda Sigma Phi Psi Omega"
@@ -33,21 +35,32 @@ _SYMBOL = re.compile(
     re.VERBOSE,
 )
 _WORD = re.compile(r"\w+|[^\w\s]")
-_BLANKS = re.compile(r"\s+")
+# Stretches that a number or a symbol never leaves, what stands right before and after it included. Most of them need
+# not be looked into.
+_NUMBER_RUN = re.compile(r"[\d.,]+")
+_SYMBOL_RUN = re.compile(r"[\w\\'’{}]+")
 
 
 def content_distance(original: str, other: str) -> float:
     """Normalised Levenshtein distance: insertions, deletions and substitutions of characters, divided by the length of
     the longer text, with every run of blanks read as a single one. 0 for equal texts, 1 for texts with nothing in
     common."""
-    first, second = (_BLANKS.sub(" ", text).strip() for text in (original, other))
+    if original == other:
+        return 0.0
+    first, second = (" ".join(text.split()) for text in (original, other))
     return float(Levenshtein.normalized_distance(first, second))
 
 
 def word_edits(original: str, other: str) -> tuple[int, int]:
     """Words and punctuation marks to insert, delete or substitute, case ignored, and those of the longer text."""
-    first, second = (_WORD.findall(text.lower()) for text in (original, other))
-    return Levenshtein.distance(first, second), max(len(first), len(second))
+    first, second = ([_words(line) for line in text.lower().split("\n")] for text in (original, other))
+    longest = max(sum(map(len, lines)) for lines in (first, second))
+    # What both begin or end with costs no edit.
+    for _ in range(2):
+        same = next((at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
+        same = min(len(first), len(second)) if same is None else same
+        first, second = first[same:][::-1], second[same:][::-1]
+    return Levenshtein.distance([*chain(*first)], [*chain(*second)]), longest
 
 
 def without_numbering(text: str) -> str:
@@ -58,13 +71,29 @@ def without_numbering(text: str) -> str:
 @lru_cache(maxsize=4096)
 def numbers(text: str) -> frozenset[str]:
     """Numbers in figures, thousands without commas, decimals without zeros at their end."""
-    return frozenset(_plain(match.group()) for match in _NUMBER.finditer(text))
+    found: set[str] = set()
+    for run in _NUMBER_RUN.findall(text):
+        if run.isdecimal():
+            found.add(_plain(run))
+        elif len(run) > 1:
+            found.update(map(_plain, _NUMBER.findall(run)))
+    return frozenset(found)
 
 
 @lru_cache(maxsize=4096)
 def symbols(text: str) -> frozenset[str]:
     """Names of quantities: subscripted, of a letter and a number, single letters (but "a" and "I"), Greek ones."""
-    return frozenset(match.group().replace("{", "").replace("}", "") for match in _SYMBOL.finditer(text))
+    # None is in a word of letters alone, or in a number.
+    runs = [run for run in set(_SYMBOL_RUN.findall(text)) if len(run) == 1 or not (run.isalpha() or run.isdecimal())]
+    found = (each for run in runs for each in _SYMBOL.findall(run))
+    return frozenset(each.replace("{", "").replace("}", "") for each in found)
+
+
+def lines_beyond(text: str, known: str) -> str:
+    """The lines of a text that another one does not have. Neither numbers nor symbols go over the end of a line, so
+    those that only `text` has are all in these, which are few where one text is a version of the other."""
+    found = set(known.split("\n"))
+    return "\n".join(line for line in text.split("\n") if line not in found)
 
 
 def formulas(text: str) -> dict[str, str]:
@@ -75,15 +104,27 @@ def formulas(text: str) -> dict[str, str]:
 
 def squeezed(text: str) -> str:
     """A text without blanks, dollars, brackets of LaTeX and other spelling that means nothing in a formula."""
-    return _SPELLING.sub("", text)
+    return "".join(_SPELLING.sub("", text).split())
 
 
 def _formulas(text: str) -> Iterator[str]:
-    for match in _DELIMITED.finditer(text):
-        yield next(filter(None, match.groups()))
-    for line in _DELIMITED.sub(" ", text).splitlines():
+    found: list[str] = []
+
+    def take(match: re.Match[str]) -> str:
+        found.append(str(match[match.lastindex or 0]))
+        return " "
+
+    plain = _DELIMITED.sub(take, text)
+    yield from found
+    for line in plain.splitlines():
         if _RELATION.search(line):
             yield from (match.group() for match in _EQUATION.finditer(line))
+
+
+# A path has most lines in common with its original, which is read right before it.
+@lru_cache(maxsize=4096)
+def _words(line: str) -> tuple[str, ...]:
+    return tuple(_WORD.findall(line))
 
 
 def _plain(number: str) -> str:

@@ -4,12 +4,14 @@ Everything is immutable and goes to JSON and back, so that a run can stop betwee
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 #: The stages in order (arXiv 2506.09991, section 5.1 and appendix A): a summary tree in two rounds, parallel groups,
 #: structure, the original's sentences put back, and Map and Reduce around the paths.
 STAGES = ("steps", "substeps", "groups", "structure", "refill", "branches")
+#: Where a chain is rejected that nothing was asked about.
+SOURCE = "source"
 Stage = Literal["steps", "substeps", "groups", "structure", "refill", "branches"]
 #: The stage after which a measure of the checks is taken.
 MEASURED_AFTER = {"content_distance": "refill", "path_distance": "branches", "answer_checked": "branches"}
@@ -152,7 +154,26 @@ class Draft:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only."""
-        return asdict(self)
+        # `dataclasses.asdict` gives the same, but copies every text and name by way of a dozen calls.
+        return {
+            "steps": [_step_values(step) for step in self.steps],
+            "groups": [
+                {"labels": list(each.labels), "kind": each.kind, "reason": each.reason} for each in self.groups
+            ],
+            "structure": [_node_values(node) for node in self.structure],
+            "texts": dict(self.texts),
+            "blocks": {
+                label: {
+                    "goal": each.goal,
+                    "outlines": list(each.outlines),
+                    "paths": list(each.paths),
+                    "conclusion": each.conclusion,
+                }
+                for label, each in self.blocks.items()
+            },
+            "measures": dict(self.measures),
+            "done": list(self.done),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Draft":
@@ -199,6 +220,15 @@ class StageFailure(Exception):
 
 #: The stage that fills a field of a draft.
 _OWNERS = {"steps": "steps", "groups": "groups", "structure": "structure", "texts": "refill", "blocks": "branches"}
+
+
+def _step_values(step: Step) -> dict[str, Any]:
+    children = [_step_values(child) for child in step.children]
+    return {"label": step.label, "title": step.title, "complex": step.complex, "children": children}
+
+
+def _node_values(node: Node) -> dict[str, Any]:
+    return {"label": node.label, "kind": node.kind, "children": [_node_values(child) for child in node.children]}
 
 
 def _step(values: Mapping[str, Any]) -> Step:

@@ -3,20 +3,33 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from multiverse.curator.outline import flat, nested_blocks, placeholder
 from multiverse.curator.records import Draft, Node
 from multiverse.layout import BranchLayout
-from multiverse.structure import Block
+from multiverse.problems import Problem, find_problems
+from multiverse.structure import Block, StructureMachine
 from multiverse.tags import TAGS
 
 #: A label at the beginning of an outline or a path.
 LABEL = re.compile(r"\A\s*(?P<label>\d+(?:\.\d+)*):(?!\d)\s*")
 #: The place of a nested block, its whole line where it has one to itself.
+_PLACE_BEGINS = "{{block "
 PLACEHOLDER = re.compile(r"(?P<alone>^[ \t]*\{\{block \S+?\}\}[ \t]*$)|\{\{block \S+?\}\}", re.MULTILINE)
 
 _TAG = re.compile(f"({'|'.join(map(re.escape, TAGS))})")
-_IDS = {tag: number for number, tag in enumerate(TAGS)}
+_TAGS = frozenset(TAGS)
+
+
+def without_placeholders(text: str) -> str:
+    """A text without the places of nested blocks."""
+    return PLACEHOLDER.sub("", text) if _PLACE_BEGINS in text else text
+
+
+def find_placeholders(text: str) -> list[re.Match[str]]:
+    """The places of nested blocks in a text."""
+    return list(PLACEHOLDER.finditer(text)) if _PLACE_BEGINS in text else []
 
 
 @dataclass(frozen=True)
@@ -25,15 +38,31 @@ class Pieces:
 
     Attributes:
         pieces (`tuple[str, ...]`): tags, and the texts between them.
-        layout (`BranchLayout`): their structure; its indices are those of the pieces.
+        machine (`StructureMachine`): has read them; its indices are those of the pieces.
     """
 
     pieces: tuple[str, ...]
-    layout: BranchLayout
+    machine: StructureMachine
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Outermost blocks in order, those of `layout`."""
+        return self.machine.blocks
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """What is malformed, as `BranchLayout.problems` has it. No tensor is made for it: texts are read by the
+        thousand, beside models that want the processor."""
+        return find_problems(self.machine.events)
+
+    @property
+    def layout(self) -> BranchLayout:
+        """Branch and position of every piece."""
+        return BranchLayout.from_machine(self.machine)
 
     def is_tag(self, index: int) -> bool:
         """Whether a piece is a tag."""
-        return self.pieces[index] in _IDS
+        return self.pieces[index] in _TAGS
 
     def text_after(self, index: int) -> str:
         """The text right after a tag, empty where another tag or nothing follows."""
@@ -44,8 +73,13 @@ class Pieces:
 def read_pieces(text: str) -> Pieces:
     """Reads the structure of a tagged text."""
     pieces = tuple(piece for piece in _TAG.split(text) if piece)
-    layout = BranchLayout.from_token_ids([_IDS.get(piece, len(TAGS)) for piece in pieces], _IDS)
-    return Pieces(pieces, layout)
+    machine = StructureMachine()
+    for piece in pieces:
+        if piece in _TAGS:
+            machine.read_tag(piece)
+        else:
+            machine.read_plain(1)
+    return Pieces(pieces, machine)
 
 
 def render(draft: Draft) -> str:
@@ -70,11 +104,11 @@ def sequential_twin(text: str) -> str:
         `str`: what was left, a line apart where tags stood.
     """
     read = read_pieces(text)
-    if not any(tag for _, tag in read.layout.machine.events):
+    if not any(tag for _, tag in read.machine.events):
         return text
     hidden: set[int] = set()
     labelled: set[int] = set()
-    for block in _blocks(read.layout.blocks):
+    for block in _blocks(read.blocks):
         hidden.update(_goal(block, len(read.pieces)))
         labelled.update(path.start + 1 for path in block.paths)
     kept = []
@@ -121,7 +155,7 @@ def _filled(path: str, blocks: Sequence[Node], draft: Draft, prefix: str) -> str
         block = inner.get(match.group().strip())
         return match.group() if block is None else _block(block, draft, prefix)
 
-    return PLACEHOLDER.sub(fill, path)
+    return PLACEHOLDER.sub(fill, path) if inner else path
 
 
 def _goal(block: Block, length: int) -> range:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from multiverse.curator.checks import CONTENT_BOUND, PATH_BOUND
 from multiverse.curator.output import FinishedRecord, RejectedRecord
 from multiverse.curator.rendering import render, sequential_twin
 from multiverse.curator.store import Record, Store
@@ -46,11 +47,13 @@ def rejected_records(store: Store) -> Iterator[RejectedRecord]:
 def _provenance(record: Record, settings: dict[str, Any]) -> dict[str, Any]:
     stages = list(settings["order"])
     asked = {stage: settings[f"stages.{stage}.model"] for stage in stages if stage != "structure"}
+    bounds = {"content_distance": CONTENT_BOUND, "path_distance": settings.get("checks.path_bound", PATH_BOUND)}
     return {
         "curator": __version__,
         "models": asked,
         "prompts": {stage: settings[f"stages.{stage}.version"] for stage in asked},
         "attempts": dict(record.attempts),
         "measures": dict(record.draft.measures),
+        "bounds": bounds,
         "kinds": [block.kind for node in record.draft.structure for block in node.blocks()],
     }

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Of a run's folder: its store, and what is exported from it.
 STORE_FILE, DATASET_FOLDER = "run.sqlite", "dataset"
+#: Records that `status` names one by one.
+_SHOWN = 10
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the run.")]
 
@@ -40,6 +42,9 @@ def run(
     max_attempts: Annotated[int, typer.Option(min=1, help="Of a stage, per record.")] = 3,
     max_cost: Annotated[float | None, typer.Option(help="Most to spend, in the currency of the prices.")] = None,
     max_calls: Annotated[int | None, typer.Option(help="Most calls.")] = None,
+    path_bound: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Most of a path's words that may be rewritten; 0.5.")
+    ] = None,
 ) -> None:
     """Take chains of thought through the five stages, or go on with it; then write the dataset.
 
@@ -47,7 +52,7 @@ def run(
     """
     with plain_errors():
         from multiverse.curator.budget import Limits
-        from multiverse.curator.checks import check
+        from multiverse.curator.checks import PATH_BOUND, Checks, check_source
         from multiverse.curator.completion import ModelError
         from multiverse.curator.models import Models
         from multiverse.curator.pipeline import run as curate
@@ -59,19 +64,20 @@ def run(
         asked = _options(options, model, base_url, local)
         limits = Limits(concurrency, max_attempts=max_attempts, max_cost=max_cost, max_calls=max_calls)
         chains = read_chains(source, ColumnMap(question, trajectory, attempt, answer or None, id_column), limit, split)
+        checks = Checks(PATH_BOUND if path_bound is None else path_bound)
         folder.mkdir(parents=True, exist_ok=True)
         with Store(folder / STORE_FILE) as store:
             try:
                 with progress_bar() as show:
-                    summary = curate(chains, make_stages(), check, Models(), store, asked, limits, show)
+                    summary = curate(
+                        chains, make_stages(), checks, Models(), store, asked, limits, show, intake=check_source
+                    )
             except ModelError as error:
                 raise typer.BadParameter(f"{error} What was answered is stored; the same command goes on.") from error
             _print_status(store)
             if summary.stopped is not None:
                 Console(stderr=True).print(f"Stopped: {summary.stopped} The same command goes on.", markup=False)
                 raise typer.Exit(1)
-            for name, reason in summary.set_aside.items():
-                Console(stderr=True).print(f"Set aside, for the next run: {name}: {reason}", markup=False)
             _export(store, folder / DATASET_FOLDER, None)
 
 
@@ -133,21 +139,40 @@ def _export(store: "Store", output: Path, tokenizer: str | None) -> None:
 
 
 def _print_status(store: "Store") -> None:
-    console, counts = Console(), store.counts()
+    from multiverse.curator.checks import CONTENT_BOUND
+    from multiverse.curator.dataset_card import describe
+
+    console, counts = Console(soft_wrap=True), store.counts()
     console.print(", ".join(f"{number:,} {name}" for name, number in counts.items()), highlight=False)
     usage = store.usage()
     if usage:
-        table = Table("stage", "model", "calls", "prompt tokens", "completion tokens", "cost")
+        table = Table("stage", "model", "calls", "cut off", "prompt tokens", "completion tokens", "cost")
         for each in usage:
             table.add_row(
-                *(each.stage, each.model, f"{each.calls:,}", f"{each.prompt_tokens:,}"),
+                *(each.stage, each.model, f"{each.calls:,}", f"{each.cut:,}", f"{each.prompt_tokens:,}"),
                 *(f"{each.completion_tokens:,}", f"{each.cost:.2f}"),
             )
         console.print(table)
-    failures = Counter(
-        (str(event["stage"]), str(event["back_to"] or "rejected"))
-        for record in store.records()
-        for event in record.history
-    )
+    failures: Counter[tuple[str, str]] = Counter()
+    held: list[tuple[str, str]] = []
+    measures: dict[str, list[float]] = {}
+    for record in store.records():
+        failures.update((str(event["stage"]), str(event["back_to"] or "rejected")) for event in record.history)
+        if record.status == "set aside":
+            held.append((record.chain.id, str(record.held)))
+        elif record.status == "finished":
+            for name, value in record.draft.measures.items():
+                measures.setdefault(name, []).append(value)
+    bound = store.settings().get("checks.path_bound")
+    bounds = {"path_distance": [] if bound is None else [bound], "content_distance": [CONTENT_BOUND]}
     for (stage, back), number in sorted(failures.items()):
-        console.print(f"failed in {stage}, back to {back}: {number:,}", highlight=False)
+        told = f"failed in {stage}, rejected" if back == "rejected" else f"failed in {stage}, back to {back}"
+        console.print(f"{told}: {number:,}", highlight=False)
+    for name, values in sorted(measures.items()):
+        console.print(f"{name} of finished records: {describe(values, bounds.get(name, ()))}", highlight=False)
+    if held:
+        console.print(f"set aside for want of an answer, for the next run: {len(held):,}", highlight=False)
+    for name, reason in held[:_SHOWN]:
+        console.print(f"  {name}: {reason}", markup=False, highlight=False)
+    if len(held) > _SHOWN:
+        console.print(f"  and {len(held) - _SHOWN:,} more", highlight=False)

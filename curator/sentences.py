@@ -6,10 +6,10 @@ long can still be assigned to a step, half of one cannot be understood.
 """
 
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 
 # A formula or a piece of code that is never closed is ordinary text; so nothing may look further ahead than this.
+# Every alternative begins with a character of its own, and looks back from behind it: `re` then skips all others.
 _LONGEST = 4000
 _WHOLE = re.compile(
     rf"""
@@ -20,19 +20,21 @@ _WHOLE = re.compile(
     | \\\([^\n]{{0,{_LONGEST}}}?\\\)                                # formulas in a line
     | `[^`\n]+`
     # As Pandoc tells a formula from two prices: no blank inside the dollars, no digit after them.
-    | (?<![\\$])\$(?=[^\s$])[^$\n]{{0,{_LONGEST}}}?(?<=[^\s\\])\$(?!\d)
+    | \$(?<![\\$]\$)(?=[^\s$])[^$\n]{{0,{_LONGEST}}}?(?<=[^\s\\])\$(?!\d)
     """,
     re.VERBOSE | re.DOTALL,
 )
 _END = re.compile(
     r"""
-    \n\s*                                            # lines, with the empty ones after them
-    | (?P<stop>[.!?]+)["'”’)\]*_]*(?P<blank>[ \t]+)(?=(?P<next>\S{1,2}))
-    | [。！？]+[”’」』）]*[ \t]*(?!\n)                   # needs no blank
+    [\n.!?。！？]
+    (?: (?<=\n)\s*                                    # lines, with the empty ones after them
+    | (?<=[.!?])(?P<stops>[.!?]*)["'”’)\]*_]*[ \t]+(?=(?P<next>\S{1,2}))
+    | (?<=[。！？])[。！？]*[”’」』）]*[ \t]*(?!\n)        # needs no blank
+    )
     """,
     re.VERBOSE,
 )
-_LAST_WORD = re.compile(r"[^\s(\[]*\Z")
+_BEFORE_LAST_WORD = re.compile(r".*[\s(\[]", re.DOTALL)
 # What stands before a stop that ends no sentence. Compared without the stop, in lower case.
 _ABBREVIATIONS = (
     "al approx ca cf ch co corp def dept dr e.g eg eq eqn eqs est etc ex fig figs gen i.e ie inc jr lem mr mrs ms no "
@@ -74,7 +76,8 @@ def split_sentences(text: str) -> tuple[str, ...]:
         if at < len(whole) and whole[at][0] <= match.start():
             continue
         sentence = text[start : match.end()]
-        if match["stop"] and not _ends_sentence(text[start : match.start()], match["stop"], match["next"]):
+        stop = match[0][0] + (match["stops"] or "")
+        if match["next"] and not _ends_sentence(text[start : match.start()], stop, match["next"]):
             continue
         if sentence.strip() and not _BULLET.match(sentence):
             sentences.append(sentence)
@@ -87,7 +90,8 @@ def split_sentences(text: str) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def numbered(sentences: Sequence[str]) -> str:
+@lru_cache(maxsize=256)
+def numbered(sentences: tuple[str, ...]) -> str:
     """The sentences as a model is shown them: `[1] ...`, one after the other, numbers from 1."""
     return "\n".join(f"[{number}] {sentence.strip()}" for number, sentence in enumerate(sentences, start=1))
 
@@ -102,8 +106,8 @@ def _ends_sentence(before: str, stop: str, following: str) -> bool:
         return True
     if _LIST_MARK.match(before):
         return False
-    found = _LAST_WORD.search(before)
-    word = found.group() if found else ""
+    blank = _BEFORE_LAST_WORD.match(before)
+    word = before[blank.end() :] if blank else before
     if word.lower() in _ABBREVIATED:
         return False
     # An initial ("J. Smith"); a variable ends a sentence as often ("so we get C. Then"), where a word stands before it

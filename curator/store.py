@@ -17,8 +17,10 @@ from multiverse.curator.model_options import ModelOptions
 from multiverse.curator.records import Chain, Draft
 from multiverse.curator.store_file import StoreFile
 
-Status = Literal["waiting", "running", "finished", "rejected"]
-STATUSES: tuple[Status, ...] = ("waiting", "running", "finished", "rejected")
+Status = Literal["waiting", "running", "set aside", "finished", "rejected"]
+STATUSES: tuple[Status, ...] = ("waiting", "running", "set aside", "finished", "rejected")
+#: Of records that a run takes up.
+_UNFINISHED: tuple[Status, ...] = ("waiting", "running", "set aside")
 
 _CHAINS_PER_TRANSACTION = 50
 
@@ -30,12 +32,14 @@ class Record:
     Attributes:
         position (`int`): its place in the input, from 0.
         chain (`Chain`): the input.
-        status (`str`): `"waiting"` (not begun), `"running"`, `"finished"` or `"rejected"`.
+        status (`str`): `"waiting"` (not begun), `"running"`, `"set aside"` (a call had no answer; the next run goes on
+            with it), `"finished"` or `"rejected"`.
         stage (`str`, *optional*): the stage it was last in.
         attempts (`Mapping[str, int]`): by stage, 1 where it has never failed.
         draft (`Draft`): what the stages have made so far.
         complaint (`str`, *optional*): why the stage that comes next is done again.
         history (`tuple[Mapping, ...]`): every failure: `stage` where it showed, `back_to`, `attempt`, `reason`.
+        held (`str`, *optional*): why it is set aside.
     """
 
     position: int
@@ -46,11 +50,12 @@ class Record:
     draft: Draft = field(default_factory=Draft)
     complaint: str | None = None
     history: tuple[Mapping[str, Any], ...] = ()
+    held: str | None = None
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the answers of a stage by a model took."""
+    """What the answers of a stage by a model took; `cut` of them were cut off at the token limit."""
 
     stage: str
     model: str
@@ -58,6 +63,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cost: float
+    cut: int = 0
 
 
 def answer_key(options: ModelOptions, messages: Sequence[Mapping[str, str]], attempt: int) -> str:
@@ -178,7 +184,7 @@ class Store(StoreFile):
     # Records
 
     def unfinished(self) -> Iterator[int]:
-        """Positions of the records that are waiting or running, in order; those that end meanwhile are left out."""
+        """Positions of the records that have not ended, in order; those that end meanwhile are left out."""
         position = -1
         while (row := self._next_unfinished(position)) is not None:
             position = row
@@ -190,7 +196,7 @@ class Store(StoreFile):
                 "SELECT position FROM records WHERE status = ? AND position > ? ORDER BY position LIMIT 1",
                 (status, position),
             ).fetchone()
-            for status in ("waiting", "running")
+            for status in _UNFINISHED
         ]
         return min((row[0] for row in found if row is not None), default=None)
 
@@ -231,16 +237,18 @@ class Store(StoreFile):
             draft,
             None if record.complaint is None else _storable(record.complaint),
             json.dumps(record.history),
+            None if record.held is None else _storable(record.held),
             record.position,
         )
         with self._transaction():
             self._connection.execute(
-                "UPDATE records SET status = ?, stage = ?, attempts = ?, draft = ?, complaint = ?, history = ? "
-                "WHERE position = ?",
+                "UPDATE records SET status = ?, stage = ?, attempts = ?, draft = ?, complaint = ?, history = ?, "
+                "held = ? WHERE position = ?",
                 values,
             )
-        complaint, history = values[4], tuple(json.loads(values[5]))
-        return replace(record, draft=Draft.from_dict(json.loads(draft)), complaint=complaint, history=history)
+        complaint, history, held = values[4], tuple(json.loads(values[5])), values[6]
+        draft_again = Draft.from_dict(json.loads(draft))
+        return replace(record, draft=draft_again, complaint=complaint, history=history, held=held)
 
     def counts(self) -> dict[Status, int]:
         """How many records there are in each state."""
@@ -290,17 +298,17 @@ class Store(StoreFile):
     def usage(self) -> list[Usage]:
         """What all answers took, by stage and model."""
         rows = self._connection.execute(
-            "SELECT stage, model, count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost) FROM answers "
-            "GROUP BY stage, model ORDER BY stage, model"
+            "SELECT stage, model, count(*), sum(prompt_tokens), sum(completion_tokens), sum(cost), "
+            "sum(finish_reason = 'length') FROM answers GROUP BY stage, model ORDER BY stage, model"
         )
         return [Usage(*row) for row in rows]
 
 
-_SELECT = "SELECT position, chain, status, stage, attempts, draft, complaint, history FROM records"
+_SELECT = "SELECT position, chain, status, stage, attempts, draft, complaint, history, held FROM records"
 
 
 def _record(row: Sequence[Any]) -> Record:
-    position, chain, status, stage, attempts, draft, complaint, history = row
+    position, chain, status, stage, attempts, draft, complaint, history, held = row
     return Record(
         position,
         Chain(**json.loads(chain)),
@@ -310,6 +318,7 @@ def _record(row: Sequence[Any]) -> Record:
         Draft() if draft is None else Draft.from_dict(json.loads(draft)),
         complaint,
         tuple(json.loads(history)),
+        held,
     )
 
 

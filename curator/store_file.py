@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: "MVCu", so that another program's database is not taken for a store.
 _APPLICATION_ID = 0x4D564375
 _SCHEMA = """
@@ -24,7 +24,8 @@ CREATE TABLE records (
   attempts TEXT NOT NULL DEFAULT '{}',
   draft TEXT,
   complaint TEXT,
-  history TEXT NOT NULL DEFAULT '[]'
+  history TEXT NOT NULL DEFAULT '[]',
+  held TEXT
 );
 CREATE INDEX records_by_status ON records (status, position);
 CREATE TABLE answers (

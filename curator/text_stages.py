@@ -19,7 +19,7 @@ from multiverse.curator.outline import (
 )
 from multiverse.curator.outline_stages import outline
 from multiverse.curator.records import BlockText, Call, Chain, Draft, Node, StageFailure
-from multiverse.curator.rendering import LABEL, PLACEHOLDER
+from multiverse.curator.rendering import LABEL, find_placeholders
 from multiverse.curator.sentences import numbered, split_sentences
 
 #: Characters of the text before a block that a model is shown, counted from the block.
@@ -167,8 +167,8 @@ class Branches:
             )
             outlines = [" ".join(each.split()) for each in outlines]
             for where, texts in (("`goal`", [goal]), ("`outlines`", outlines), ("`conclusion`", [conclusion])):
-                if found := next(filter(None, map(PLACEHOLDER.search, texts)), None):
-                    raise StageFailure(self.name, f"{where} holds {found.group()}, which belongs into a path.")
+                if found := [place.group() for text in texts for place in find_placeholders(text)]:
+                    raise StageFailure(self.name, f"{where} holds {found[0]}, which belongs into a path.")
             for number, (node, path) in enumerate(zip(block.children, paths, strict=True), start=1):
                 self._check_placeholders(node, path, number)
         except StageFailure as failure:
@@ -193,8 +193,9 @@ class Branches:
 
     def _check_placeholders(self, node: Node, path: str, number: int) -> None:
         wanted = [placeholder(inner) for inner in nested_blocks(node)]
-        alone = [match.group().strip() for match in PLACEHOLDER.finditer(path) if match["alone"]]
-        found = [match.group().strip() for match in PLACEHOLDER.finditer(path)]
+        places = find_placeholders(path)
+        alone = [match.group().strip() for match in places if match["alone"]]
+        found = [match.group().strip() for match in places]
         if found != wanted:
             raise StageFailure(
                 self.name,

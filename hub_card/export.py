@@ -1,17 +1,13 @@
 """A checkpoint as others can use it: adapter merged, tags in model and tokenizer, code and card beside the weights."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+from multiverse import add_multiverse_tokens
+from multiverse.hub_card.checkpoint import adapter_base, is_adapter, load_checkpoint, named_dtype
 from multiverse.hub_card.model_card import CARD, FACTS_FILE, CardFacts, answer_example, hub_id, make_card
-from transformers import AutoTokenizer
-
-_ADAPTER = "adapter_config.json"
 
 
 def export(
@@ -49,34 +45,18 @@ def export(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`folder` ({folder}) exists and is not empty. Name another, or remove it.")
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"`dtype` must name a dtype such as bfloat16, got {dtype!r}.")
-        dtype = named
-    adapter = Path(checkpoint) / _ADAPTER
-    origin = str(checkpoint)
-    if adapter.is_file():
-        origin = json.loads(adapter.read_text())["base_model_name_or_path"]
-        base = base or origin
-    elif base is not None:
-        raise ValueError(
-            f"`base` is {str(base)!r}, but `checkpoint` ({checkpoint}) holds no {_ADAPTER}. Leave it out."
-        )
+    wanted = None if dtype is None else named_dtype(dtype)
+    origin = adapter_base(checkpoint) if is_adapter(checkpoint) else str(checkpoint)
     facts = _facts(Path(checkpoint), card)
     facts = replace(
         facts,
         name=name or facts.name or folder.resolve().name,
         base_model=facts.base_model or hub_id(origin),
     )
-    model = MultiverseForCausalLM.from_pretrained(base or checkpoint, dtype="auto")
-    tokenizer = AutoTokenizer.from_pretrained(base or checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, base, wanted if wanted and is_adapter(checkpoint) else "auto")
+    # Before the weights are widened: the tags' rows are like the others.
     add_multiverse_tokens(model, tokenizer)
-    dtype = dtype or model.dtype
-    if adapter.is_file():
-        # In the wider of both, so that what is merged is rounded once.
-        model = _merged(model.to(torch.promote_types(model.dtype, dtype)), adapter.parent)
-    model = model.to(dtype)
+    model = model.to(wanted or model.dtype)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, max_shard_size=max_shard_size)
@@ -93,11 +73,3 @@ def _facts(checkpoint: Path, card: str | Path | None) -> CardFacts:
     if card is not None:
         return CardFacts.read(card)
     return CardFacts.read(beside) if beside.is_file() else CardFacts()
-
-
-def _merged(model: Any, adapter: Path) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ImportError("Merging an adapter needs a package: `pip install peft`.") from error
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()

@@ -14,11 +14,13 @@ except ImportError:
 import torch
 from multiverse.configuration_multiverse import MultiverseConfig
 from multiverse.curator.run_commands import app as curate
+from multiverse.evaluation.commands import app as evaluate
 from multiverse.kernels.availability import backend_report
 from multiverse.kernels.dispatch import DECODE_ATTENTION, SUPPORTED_ATTENTION
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(curate, name="curate")
+app.add_typer(evaluate, name="evaluate")
 
 
 @app.callback()

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multiverse import TAGS
 from multiverse.curator import answers
+from multiverse.curator.asking import Answer
+from multiverse.curator.completion import Completion
 from multiverse.curator.records import StageFailure
 
 WANTED = {"a": [1, {"b": "x } y"}], "c": 'say "hi" {'}
@@ -71,6 +73,32 @@ def test_an_answer_without_a_whole_object_says_what_is_wrong(answer, reason):
     with pytest.raises(StageFailure, match=reason) as failure:
         answers.read_object("groups", answer)
     assert failure.value.stage == "groups"
+
+
+def cut_off(text: str) -> Answer:
+    """An answer that reached the token limit."""
+    return Answer.of(Completion(text, "length", 1, 1, "m"))
+
+
+@pytest.mark.parametrize(
+    "thoughts",
+    [
+        f"Okay, a first draft: {PLAIN} Wait, that leaves out",
+        f"<think>A first draft: {PLAIN} But is it",
+        "",
+        "\n",
+        "Okay, so I need",
+        "<think>Done.</think>\n",
+    ],
+)
+def test_a_draft_in_thoughts_that_reached_the_token_limit_is_not_taken_for_the_answer(thoughts):
+    with pytest.raises(StageFailure, match="cut off while thinking"):
+        answers.read_object("steps", cut_off(thoughts))
+
+
+@pytest.mark.parametrize("before", ["", "```json\n", "<think>Hm {</think>", "Hm, {1}.</think>\nHere:\n"])
+def test_a_whole_object_counts_though_what_followed_it_was_cut_off(before):
+    assert answers.read_object("steps", cut_off(f"{before}{PLAIN}\nThis is because")) == WANTED
 
 
 @pytest.mark.parametrize("cut", range(1, len(PLAIN)))

@@ -124,14 +124,33 @@ def test_the_record_that_defects_are_seeded_in_passes_all_checks():
 
 
 def test_a_source_that_nothing_could_mend_is_refused_at_once():
+    checks.check_source(CHAIN)
     for changes, reason in (
         ({"answer": "52"}, "does not come to the known answer '52'"),
         ({"trajectory": "Some <Parallel> text. More."}, "holds the tag <Parallel>"),
         ({"trajectory": "Some {{block 1-2}} text."}, "holds {{block 1-2}}"),
+        ({"trajectory": "One sentence, and nothing to divide"}, "is a single sentence"),
     ):
         with pytest.raises(StageFailure, match=reason) as failure:
-            checks.check(replace(CHAIN, **changes), FINISHED, "steps")
-        assert failure.value.stage == "steps"
+            checks.check_source(replace(CHAIN, **changes))
+        assert failure.value.stage == "source"
+
+
+def test_how_much_of_a_path_may_be_rewritten_is_an_option():
+    measured = checks.check(CHAIN, FINISHED, "branches").measures["path_distance"]
+    edited = block(OUTER, paths={1: OTHER})
+    with pytest.raises(StageFailure, match="words differ"):
+        checks.check(CHAIN, edited, "branches")
+    assert checks.Checks(path_bound=1.0)(CHAIN, edited, "branches").measures["path_distance"] > checks.PATH_BOUND
+    long = SQUARE.replace("that its area must be", "it does follow from this in the end")
+    with pytest.raises(StageFailure, match="words differ"):
+        checks.Checks(path_bound=0.0)(
+            CHAIN, block(OUTER, paths={1: f"{long} So much for the square of side 5."}), "branches"
+        )
+    assert measured < checks.PATH_BOUND
+    for bound in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="`path_bound` is"):
+            checks.Checks(path_bound=bound)
 
 
 def test_answers_that_cannot_be_compared_are_not_judged():

@@ -13,15 +13,19 @@ from curated import (
     curate,
     http_options,
     of_chain,
+    passes,
     record,
     results,
     toy_answer,
     toy_chains,
 )
 from multiverse.curator.budget import Limits, worst_cost
+from multiverse.curator.checks import Checks
 from multiverse.curator.completion import CallRefused, CallUnanswered, Completion
 from multiverse.curator.model_options import ModelOptions, StageOptions
 from multiverse.curator.models import Models
+from multiverse.curator.pipeline import run
+from multiverse.curator.records import StageFailure
 from multiverse.curator.store import Store
 from scripted_llm import Mood, ScriptedLLM
 
@@ -64,10 +68,14 @@ def test_a_record_without_an_answer_is_set_aside_and_taken_up_by_the_next_run(pa
     def answer(messages):
         return CallUnanswered("toy", "no answer in 6 tries") if of_chain(messages, 4) else toy_answer(messages)
 
-    summary = curate(path, InProcess(answer), concurrency=1)
-    assert (summary.progress.finished, summary.progress.rejected) == (5, 0)
-    assert dict(summary.set_aside) == {"c4": "no answer in 6 tries"}
+    for _ in range(2):
+        summary = curate(path, InProcess(answer), concurrency=1)
+        assert (summary.progress.finished, summary.progress.rejected, summary.progress.set_aside) == (5, 0, 1)
+        assert dict(summary.set_aside) == {"c4": "no answer in 6 tries"}
+        found = record(path, "c4")
+        assert (found.status, found.held, found.history) == ("set aside", "no answer in 6 tries", ())
     assert curate(path).progress.finished == 6
+    assert record(path, "c4").held is None
     curate(tmp_path / "undisturbed")
     assert results(path) == results(tmp_path / "undisturbed")
 
@@ -83,10 +91,45 @@ def test_an_endpoint_that_has_gone_stops_the_run(path):
     assert curate(path, chains=toy_chains(50)).progress.finished == 50
 
 
+def test_records_that_are_never_answered_do_not_keep_the_others_from_being_finished(path):
+    def answer(messages):
+        silent = any(of_chain(messages, number) for number in (0, 2, 4, 5))
+        return CallUnanswered("toy", "too long") if silent else toy_answer(messages)
+
+    # More in a row than it takes to give an endpoint up; but it answers, and nothing else is left to be tried.
+    summary = curate(path, InProcess(answer), concurrency=8)
+    assert (summary.progress.finished, sorted(summary.set_aside)) == (2, ["c0", "c2", "c4", "c5"])
+    with Store(path) as store:
+        assert store.counts() == {"waiting": 0, "running": 0, "set aside": 4, "finished": 2, "rejected": 0}
+
+
+def test_an_endpoint_that_answers_nobody_stops_the_run_however_few_the_records_are(path):
+    with pytest.raises(CallUnanswered, match="gone"):
+        curate(path, InProcess(lambda messages: CallUnanswered("toy", "gone")), toy_chains(3), concurrency=8)
+
+
+def test_a_chain_that_is_refused_at_intake_is_rejected_before_anything_is_asked(path):
+    def intake(chain):
+        if chain.id == "c1":
+            raise StageFailure("source", "holds a tag")
+        if chain.id == "c2":
+            raise KeyError("broken")
+
+    backend = InProcess()
+    with Store(path) as store:
+        summary = run(toy_chains(4), STAGES, passes, backend, store, OPTIONS, intake=intake)
+    assert (summary.progress.finished, summary.progress.rejected) == (2, 2)
+    assert not any(of_chain(messages, number) for messages, _ in backend.calls for number in (1, 2))
+    found = record(path, "c1")
+    assert (found.status, found.stage) == ("rejected", "source")
+    assert found.history == ({"stage": "source", "back_to": None, "attempt": 1, "reason": "holds a tag"},)
+    assert record(path, "c2").history[0]["reason"].startswith("KeyError: 'broken'")
+
+
 # Caps
 
 
-@pytest.mark.parametrize("concurrency", [1, 8])
+@pytest.mark.parametrize("concurrency", [1, 8, 64])
 def test_the_spending_cap_is_never_passed_whatever_the_next_answers_cost(path, concurrency):
     options = ModelOptions("toy", prompt_price=1e4, completion_price=2e4, max_tokens=50)
 
@@ -107,6 +150,16 @@ def test_the_spending_cap_is_never_passed_whatever_the_next_answers_cost(path, c
     assert curate(path, again, options=StageOptions(options), max_cost=20.0).stopped
     assert again.calls == []
     assert curate(path, options=StageOptions(options), max_cost=1e9).progress.finished == 6
+
+
+def test_the_spending_cap_holds_where_the_endpoint_counts_no_tokens(path):
+    options = ModelOptions("toy", prompt_price=1e4, completion_price=2e4, max_tokens=50)
+    backend = InProcess(lambda messages: Completion(toy_answer(messages), "stop", 0, 0, "toy"))
+    summary = curate(path, backend, options=StageOptions(options), max_cost=20.0)
+    assert "`max_cost` of 20 could be passed" in str(summary.stopped)
+    most = [worst_cost(messages, options) for messages, _ in backend.calls]
+    assert summary.progress.cost == pytest.approx(sum(most))
+    assert summary.progress.cost <= 20.0
 
 
 def test_the_cap_on_calls_is_used_to_the_last_and_counts_all_runs(path):
@@ -166,7 +219,7 @@ def test_a_cap_on_costs_without_prices_is_refused_before_any_call(path):
 # The run as a whole
 
 
-@pytest.mark.parametrize("changed", ["version", "model", "max_attempts", "stages"])
+@pytest.mark.parametrize("changed", ["version", "model", "max_attempts", "stages", "check"])
 def test_a_store_of_other_options_is_refused_before_any_call(path, changed):
     curate(path, max_calls=3)
 
@@ -178,12 +231,14 @@ def test_a_store_of_other_options_is_refused_before_any_call(path, changed):
         "model": {"options": StageOptions(replace(OPTIONS.default, temperature=0.3))},
         "max_attempts": {"max_attempts": 4},
         "stages": {"stages": STAGES[:2]},
+        "check": {"check": Checks(path_bound=0.4)},
     }[changed]
     named = {
         "version": "branches.version",
         "model": "steps.temperature",
         "max_attempts": "max_attempts",
         "stages": "order",
+        "check": "checks.path_bound is 0.4",
     }
     backend = InProcess()
     with pytest.raises(ValueError, match=named[changed]):

@@ -32,15 +32,15 @@ def test_a_record_comes_back_as_it_was_saved(path):
         store.add_chains([Chain("x", "q", "t", "a", "7", {"source": "s1", "n": [1, None]}), Chain("y", "", "", "")])
         record = replace(
             store.load(0), status="running", stage="groups", attempts={"steps": 2}, draft=draft, complaint="no",
-            history=({"stage": "steps", "reason": "r"},),
+            history=({"stage": "steps", "reason": "r"},), held="gone \ud83d",
         )  # fmt: skip
         saved = store.save(record)
     with Store(path, read_only=True) as store:
-        assert store.load(0) == saved == replace(record, draft=saved.draft) == store.find("x")
+        assert store.load(0) == saved == replace(record, draft=saved.draft, held="gone \ufffd") == store.find("x")
         assert saved.draft == draft
         assert list(saved.draft.texts) == ["10", "2"]
         assert store.load(1).status == "waiting"
-        assert store.counts() == {"waiting": 1, "running": 1, "finished": 0, "rejected": 0}
+        assert store.counts() == {"waiting": 1, "running": 1, "set aside": 0, "finished": 0, "rejected": 0}
         assert store.find("z") is None
 
 
@@ -51,6 +51,7 @@ def test_records_come_in_input_order_whatever_ended_first(path):
             store.save(replace(store.load(position), status="finished"))
         store.save(replace(store.load(5), status="rejected"))
         store.save(replace(store.load(3), status="running"))
+        store.save(replace(store.load(8), status="set aside"))
         assert [each.position for each in store.records("finished")] == [0, 2, 7, 11]
         assert [each.position for each in store.records()] == list(range(12))
         assert list(store.unfinished()) == [1, 3, 4, 6, 8, 9, 10]
@@ -69,6 +70,7 @@ def test_an_answer_is_found_by_what_was_asked_and_counted_by_stage_and_model(pat
         assert set(found) == {("steps", "m"), ("groups", "n")}
         steps = found["steps", "m"]
         assert (steps.calls, steps.prompt_tokens, steps.completion_tokens, steps.cost) == (2, 11, 7, 0.75)
+        assert (steps.cut, found["groups", "n"].cut) == (1, 0)
         assert [each["text"] for each in store.answers_of(0)] == ["c", "a\ufffd\0b"]
 
 

@@ -7,7 +7,7 @@ import torch
 from grpo_runs import fresh, with_adapter
 from multiverse import TAGS
 from multiverse.cli import app
-from multiverse.hub_card import export as export_module
+from multiverse.hub_card import checkpoint
 from multiverse.hub_card.export import export
 from tiny import tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,7 +89,7 @@ def test_nothing_half_written_has_the_folders_name(plain, tmp_path, monkeypatch)
 
 
 def test_what_cannot_be_exported_is_named_before_anything_is_loaded(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "MultiverseForCausalLM", None)
+    monkeypatch.setattr(checkpoint, "MultiverseForCausalLM", None)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match=r"`folder`.*not empty"):

@@ -1,7 +1,6 @@
 """Answers held-out problems by greedy decoding, keeps every answer as it comes, and sums the answers up."""
 
 import json
-import math
 import os
 import platform
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from multiverse import BranchLayout, MultiverseForCausalLM
+from multiverse.evaluation.intervals import wilson_interval
 from multiverse.trainer.synthetic import Problem, read_answer
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
@@ -92,16 +92,6 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "generated_tokens": round(sum(record["generated_tokens"] for record in records) / count, 2),
         "sequential_steps": round(sum(record["sequential_steps"] for record in records) / count, 2),
     }
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Confidence interval of a share (Wilson score)."""
-    if not 0 <= successes <= trials or trials == 0:
-        raise ValueError(f"`successes` must lie in [0, trials] with `trials` > 0, got {successes} of {trials}.")
-    share, scale = successes / trials, 1 + z * z / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return (centre - spread) / scale, (centre + spread) / scale
 
 
 def machine() -> dict[str, Any]:

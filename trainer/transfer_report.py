@@ -6,11 +6,13 @@ and seeds. They say what other problems would have changed, and nothing of seeds
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from multiverse.evaluation.budget_curves import budget_curve
+from multiverse.evaluation.intervals import bootstrap_interval, difference, ratio
 from multiverse.trainer.held_out import summarise
 
 START = "start"
@@ -47,42 +49,10 @@ def by_seed(runs: Mapping[str, Any], arm: str) -> dict[int, Any]:
     return dict(sorted((int(seed), run) for (of, _, seed), run in named.items() if of == arm))
 
 
-def budget_curve(records: Iterable[Mapping[str, Any]], budgets: Sequence[int]) -> list[float]:
-    """Share of problems that are solved within every budget of sequential steps.
-
-    Greedy decoding writes the same text whatever the budget, so a run that is cut after T steps has answered exactly
-    the problems whose answer was finished by then: right, ended by the model itself, in at most T steps.
-
-    Args:
-        records (iterable of `Mapping`): one per problem.
-        budgets (sequence of `int`): values of T.
-    """
-    records = list(records)
-    solved = [each["sequential_steps"] for each in records if each["right"] and each["finish_reason"] == "eos"]
-    counts = np.searchsorted(np.sort(solved), budgets, side="right")
-    return (counts / len(records)).tolist()
-
-
 def budgets_of(answers: Mapping[str, Records], spacing: int) -> list[int]:
     """Budgets from 0 until every answer is finished."""
     longest = max(record["sequential_steps"] for records in answers.values() for record in records)
     return list(range(0, longest + spacing, spacing))
-
-
-def bootstrap_interval(
-    values: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], draws: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """95% percentile interval of a statistic of means over problems, when problems are drawn anew.
-
-    Args:
-        values (`np.ndarray` of shape `(problems, quantities)`): what is averaged; a row is drawn as a whole.
-        statistic (`Callable`): from means of shape `(draws, quantities)` to `(draws,)`.
-        draws (`int`): resampled sets of problems.
-        seed (`int`): same seed, same interval.
-    """
-    rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile(statistic(values[rows].mean(axis=1)), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def compare(first: Mapping[int, Records], second: Mapping[int, Records]) -> dict[str, Any]:
@@ -98,12 +68,6 @@ def compare(first: Mapping[int, Records], second: Mapping[int, Records]) -> dict
         for field in ("right", "sequential_steps")
     )
     paired_right, paired_steps = right.mean(axis=1).T, steps.mean(axis=1).T
-
-    def difference(means: np.ndarray) -> np.ndarray:
-        return means[..., 0] - means[..., 1]
-
-    def ratio(means: np.ndarray) -> np.ndarray:
-        return means[..., 0] / means[..., 1]
 
     return {
         "seeds": seeds,

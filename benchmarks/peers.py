@@ -190,10 +190,13 @@ def float32_copy(python: str | Path, model: Path, folder: Path) -> Path:
         unfinished = copy.with_suffix(".part")
         command = [str(python), str(WORKER), "--float32", str(model), str(unfinished)]
         try:
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.CalledProcessError) as error:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
             raise ValueError(
-                f"`python` is {str(python)!r}, whose llama.cpp cannot copy {model.name}: {error}."
+                f"`python` is {str(python)!r}, which does not run: {error}. Name an interpreter."
             ) from error
+        if done.returncode:
+            said = done.stderr.strip().rpartition("\n")[2]
+            raise ValueError(f"`python` is {str(python)!r}, whose llama.cpp cannot copy {model.name}: {said}")
         unfinished.rename(copy)
     return copy

@@ -57,8 +57,8 @@ def stated_answer(text: str) -> str | None:
     r"""What a text says is its answer, the last time that it says so.
 
     That is the last `\boxed{...}` (several where only "and", "or" or a comma is between them, as one list); or what
-    follows "answer is", "answer:", a heading "Final answer", `<answer>` or `####`, or corrects one ("wait, it's ..."). After a
-    box, only a formula counts as another answer. What ends in a question mark is not stated.
+    follows "answer is", "answer:", a heading "Final answer", `<answer>` or `####`, or corrects one ("wait, it's ...").
+    After a box, only a formula counts as another answer. What ends in a question mark is not stated.
     """
     text = re.sub(r"[ \t]{2,}", " ", text)
     boxes, unclosed = _boxes(text)

@@ -128,6 +128,62 @@ def report(
             print(json.dumps(summary, indent=1, ensure_ascii=False))
 
 
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    second: Annotated[Path | None, typer.Argument(help="Of another; by default the same, for its conditions.")] = None,
+    select_first: Annotated[
+        str, typer.Option(help="Conditions of the first that count, such as mode=parallel,prompt=parallel.")
+    ] = "",
+    select_second: Annotated[str, typer.Option(help="And of the second.")] = "",
+    allow_different_settings: Annotated[
+        bool, typer.Option("--allow-different-settings", help="Compare although answers depend on what differs.")
+    ] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Compare the questions that both have answered in full.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say with a paired test whether two checkpoints, modes or prompts differ, in accuracy and in steps."""
+    with plain_errors():
+        from multiverse.evaluation.compare_runs import Run, compare_runs
+        from multiverse.evaluation.run_folder import RunFolder
+
+        one = Run.of(RunFolder(first))
+        other = one if second is None else Run.of(RunFolder(second))
+        result = compare_runs(
+            one, other, allow_different_settings, allow_missing, _selection(select_first), _selection(select_second)
+        )
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        _print_comparison(result, Console(highlight=False, soft_wrap=True))
+
+
+def _print_comparison(result: dict[str, Any], console: Console) -> None:
+    from multiverse.evaluation.settings import Condition
+
+    for each in result["comparisons"]:
+        labels = [Condition.of(each[name]).label() for name in ("first", "second")]
+        right, steps = each["pass_at_1"], each["sequential_steps"]
+        (low, high), (least, most) = right["interval_95"], steps["interval_95"]
+        console.print(f"[bold]{labels[0]}[/] against [bold]{labels[1]}[/], {each['questions']} questions")
+        console.print(
+            f"  pass@1 {right['first']:.1%} and {right['second']:.1%}, difference {100 * right['difference']:+.1f} "
+            f"points ({100 * low:+.1f} to {100 * high:+.1f}), p = {right['p_value']:.3g} "
+            f"({right['test']}): {each['verdict']}"
+        )
+        console.print(
+            f"  sequential steps {steps['first']:.1f} and {steps['second']:.1f}, ratio {steps['ratio']:.3f} "
+            f"({least:.3f} to {most:.3f}), p = {steps['p_value']:.3g}: {steps['verdict']}"
+        )
+    for each in result["different_settings"]:
+        console.print(f"Different: {each['setting']} is {each['first']!r} and {each['second']!r}", markup=False)
+    for name, labels in result["unpaired"].items():
+        if labels:
+            console.print(f"Without a counterpart, {name}: {'; '.join(labels)}", markup=False)
+
+
 def _report(folder: "RunFolder", show: bool = True) -> dict[str, Any]:
     from multiverse.evaluation.report import write_report
     from multiverse.evaluation.run_folder import to_json, write_atomically
@@ -142,10 +198,11 @@ def _report(folder: "RunFolder", show: bool = True) -> dict[str, Any]:
     write_atomically(folder.path / "summary.json", to_json(summary))
     written = write_report(folder.path, summary, records, tasks, folder.fact("prompts"))
     if show:
-        console = Console()
+        # Wide enough for the table even where nobody looks on, as in a log.
+        console = Console(width=max(Console().width, 110))
         console.print(_table(summary))
         for path in written:
-            console.print(str(path), markup=False, highlight=False)
+            console.print(str(path), markup=False)
         if missing:
             console.print(f"[yellow]{missing} generations are missing; the same run command goes on.[/]")
     return summary
@@ -185,15 +242,32 @@ def _whole(name: str, text: str) -> int:
         raise ValueError(f"`{name}` must hold whole numbers, got {text!r}.") from error
 
 
+def _selection(text: str) -> dict[str, Any]:
+    selected: dict[str, Any] = {}
+    for each in _listed(text):
+        name, sign, value = each.partition("=")
+        if not sign or name not in ("task", "prompt", "mode", "budget"):
+            raise ValueError(f"A selection must name task, prompt, mode or budget, as in mode=parallel, got {each!r}.")
+        selected[name] = value
+        if name == "budget":
+            selected[name] = None if value == "none" else _whole("budget", value)
+    return selected
+
+
 def _data(given: list[str]) -> dict[str, dict[str, Any]] | None:
-    """`aime24=aime.jsonl` or `own=data.parquet,question=prompt,answer=gold`, by the task's name."""
+    """`aime24=aime.jsonl`, or `own=data.parquet,question=prompt,choices=A|B|C,shuffle=true`, by the task's name."""
     data: dict[str, dict[str, Any]] = {}
     for each in given:
         name, sign, rest = each.partition("=")
         path, *options = rest.split(",")
         if not sign or not path or not all("=" in option for option in options):
             raise ValueError(f"`data` must look like TASK=PATH or TASK=PATH,column=name, got {each!r}.")
-        data[name] = {"path": path, **dict(option.split("=", 1) for option in options)}
+        values: dict[str, Any] = dict(option.split("=", 1) for option in options)
+        if "|" in values.get("choices", ""):
+            values["choices"] = values["choices"].split("|")
+        if "shuffle" in values:
+            values["shuffle"] = values["shuffle"] == "true"
+        data[name] = {"path": path, **values}
     return data or None
 
 

@@ -14,13 +14,17 @@ _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|boxed|
 _BOLD = re.compile(r"\*\*([^*\n]{1,100}?)\*\*")
 _FORMULA = re.compile(r"\$\$?([^$\n]{1,200})\$\$?|\\\(([^\n]{1,200}?)\\\)|\\\[\s*([^\n]{1,200}?)\s*\\\]")
 _SENTENCE = re.compile(r"(?:(?<=[.!?])\s+(?=\S)|\n+)")
+_FAREWELL = re.compile(
+    r"\W*(?:let me know|(?:i )?hope (?:this|that|it)|feel free|if you (?:have|need|would|want))\b", re.IGNORECASE
+)
 _ASKS = re.compile(
     r"\s*(?:(?:problem|question|task|exercise)\s*\d*\s*[:.]|(?:please\s+)?(?:find|compute|solve|calculate|determine|evaluate"
     r"|simplify|express|prove|give|put|write|let|suppose|assume|reason|what|how|which|who|when|where|why)\b)",
     re.IGNORECASE,
 )
 _COMES_TO = r"(?:=|≈|\b(?:is|are|equals?|gives?|gets?|makes?|takes?|obtain|leaves?)\b|:)"
-_CONCLUDED = re.compile(rf"{_COMES_TO}\s*(?P<answer>-?[$€£]?[\d.(\[{{\\-][^=]{{0,80}})\Z", re.IGNORECASE)
+_THUS = r"(?:\s+(?:therefore|thus|then|hence|exactly|just|only|simply|indeed))*"
+_CONCLUDED = re.compile(rf"{_COMES_TO}{_THUS}\s*(?P<answer>-?[$€£]?[\d.(\[{{\\-][^=]{{0,80}})\Z", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.,])-?[$€£]?\d[\d,]*(?:\.\d+)?(?![\w])%?")
 _BARE = re.compile(r"[-+\d.,/^*()\[\]{}\\$ %°√π]{0,60}[\d)}%°π][-+\d.,/^*()\[\]{}\\$ %°√π]{0,60}")
 
@@ -32,8 +36,9 @@ _NAMED = r"(?:(?i:option|choice|letter|answer)\s+)"
 _BEST = r"(?i:is\s+(?:the\s+)?(?:correct|right|best|true))\b"
 _PICKED = re.compile(
     rf"\b{_SAID}{_NAMED}?{_LETTER}"
-    rf"|\b(?i:choose|pick|select|go with|going with)\s+{_NAMED}?{_LETTER}"
+    rf"|\b(?i:choose|pick|select|go with|going with|corresponds to|matches)\s+{_NAMED}?{_LETTER}"
     rf"|\b{_NAMED}{_LETTER}[)\]}}]*\s+{_BEST}"
+    r"|\b(?i:therefore|thus|hence|so)[,:]?\s+[(\[]([A-Z])[)\]]"
     rf"|(?<![A-Za-z])[(\[]?([A-Z])[)\]]?\s+(?:(?i:it is)\b|{_BEST})"
 )
 _ALSO = re.compile(r"[)\]}.:\s]*(?:,|/|&|\b(?:or|and)\b)\s*(?:(?:option|choice)\s+)?[(\[{]?[A-Z](?![A-Za-z'’])")
@@ -55,12 +60,15 @@ def read_mathematics(part: str) -> str | None:
     """The last answer stated (`stated_answer`), or else what the last sentence comes to.
 
     The last sentence comes to a formula or number that stands alone, in bold, at its end after "=", "is" and the like,
-    or to its only number if that has been worked out before ("= 72"). A question or a task comes to nothing, so an echo of the prompt does not answer.
+    or to its only number if that has been worked out before ("= 72"). A question or a task comes to nothing, so an
+    echo of the prompt does not answer.
     """
     stated = stated_answer(part)
     if stated is not None:
         return stated
-    sentences = [sentence for sentence in _SENTENCE.split(part) if sentence.strip(" *_#")]
+    sentences = [sentence for sentence in _SENTENCE.split(part) if sentence.strip(" *_#-=")]
+    while sentences and _FAREWELL.match(sentences[-1]):
+        sentences.pop()
     last = sentences[-1].strip() if sentences else ""
     if not last or last.endswith("?") or "\\boxed" in last or _ASKS.match(last):
         return None
@@ -71,9 +79,10 @@ def read_mathematics(part: str) -> str | None:
         return plain.strip("$ ")
     if formulas := [next(filter(None, found)) for found in _FORMULA.findall(last)]:
         tail = formulas[-1].rpartition("=")[2].strip()
-        ends = last.rstrip(" .*").endswith(("$", r"\)", r"\]"))
-        before = last[: last.rfind(formulas[-1])].rstrip("$\\([ ")
-        return tail if ends and ("=" in formulas[-1] or re.search(rf"{_COMES_TO}\Z", before, re.IGNORECASE)) else None
+        before, _, after = last.rpartition(formulas[-1])
+        comes_to = "=" in formulas[-1] or re.search(rf"{_COMES_TO}{_THUS}[$\\(\[\s]*\Z", before, re.IGNORECASE)
+        # A unit may follow.
+        return tail if comes_to and re.fullmatch(r"[$\\)\]\s]*(?:[a-z]+\s*){0,3}[.!*\s]*", after) else None
     found = _CONCLUDED.search(plain)
     if found and not has_prose(split_unit(found["answer"])[0]):
         return found["answer"].strip()

@@ -166,6 +166,65 @@ def test_the_commands_run_say_and_export(tmp_path, source):
     assert "problem 3" in page.read_text()
 
 
+def test_what_is_hopeless_is_never_asked_about_and_what_is_silent_is_set_aside(tmp_path, monkeypatch):
+    key = "sk-a-key-that-nobody-may-see-0123456789"
+    monkeypatch.setenv("OWN_KEY", key)
+    monkeypatch.setattr("multiverse.curator.models.FIRST_PAUSE", 0.0)
+    rows = [
+        {"question": each.question, "thought": each.trajectory, "reply": each.attempt, "solution": each.answer}
+        for each in map(chain, range(4))
+    ]
+    rows[1]["solution"] = "1"
+    rows[3]["thought"] += " <Path>"
+    source, options = tmp_path / "chains.jsonl", tmp_path / "models.yaml"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def first_try_is_enough(digest: str, visit: int) -> Mood:
+        return Mood("500" if silent and "problem 2 " in str(llm.messages[digest]) else None)
+
+    run_folder, silent = tmp_path / "run", True
+    with ScriptedLLM(right_answer, first_try_is_enough) as llm:
+        default = {"model": "m", "base_url": llm.url, "tries": 1, "api_key_variable": "OWN_KEY"}
+        default["extra_body"] = {"response_format": {"type": "json_object"}}
+        options.write_text(json.dumps({"default": default}))
+        arguments = ["run", str(source), str(run_folder), "--options", str(options), "--path-bound", "0.4"]
+        arguments += ["--trajectory", "thought", "--attempt", "reply"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        asked = str(llm.bodies)
+        assert "problem 0 " in asked
+        assert "problem 1 " not in asked
+        assert "problem 3 " not in asked
+        assert all(body["response_format"] == {"type": "json_object"} for body in llm.bodies)
+        said = CliRunner().invoke(app, ["status", str(run_folder)]).output
+        assert "0 waiting, 0 running, 1 set aside, 1 finished, 2 rejected" in said
+        assert "failed in source, rejected: 2" in said
+        assert "set aside for want of an answer, for the next run: 1" in said
+        assert "HTTP 500" in said
+        assert "path_distance of finished records:" in said
+        assert "0.4 allowed" in said
+        reasons = [each["reason"] for each in read_lines(run_folder / DATASET_FOLDER / "rejects.jsonl")]
+        assert ["known answer '1'" in reasons[0], "the tag <Path>" in reasons[1]] == [True, True]
+        silent = False
+        again = CliRunner().invoke(app, arguments)
+        assert again.exit_code == 0, again.output
+    said = CliRunner().invoke(app, ["status", str(run_folder)]).output
+    assert "0 set aside, 2 finished, 2 rejected" in said
+    card = (run_folder / DATASET_FOLDER / "README.md").read_text()
+    assert "- `path_distance`: " in card
+    assert "0.4 allowed" in card
+    assert "2 at the stage source" in card
+    measures = json.loads((run_folder / DATASET_FOLDER / "statistics.json").read_text())["measures"]
+    assert measures["path_distance"]["bound"] == 0.4
+    page = tmp_path / "page.html"
+    shown = CliRunner().invoke(app, ["inspect", str(run_folder / DATASET_FOLDER), "--output", str(page)])
+    assert "2 finished and 2 rejected" in shown.output
+    assert "failed at source" in page.read_text()
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or key.encode() not in file.read_bytes()
+    assert key not in done.output + again.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,9 +2,10 @@
 
 `python -m benchmarks.curator_overhead`. Stages, texts and answers have the sizes of a chain of s1K-1.1, and the engine
 does with them all that it does: prompts hashed, answers and drafts stored, one transaction each. Reading and checking
-of real answers is the stages' own and not in it. Three questions:
+of real answers is the stages' own, and a question by itself. Four questions:
 
 - overhead: time per record with a model that answers at once, in this process;
+- stages: the same with the curator's own stages and checks, on chains of several lengths that a good model curates;
 - busy: open calls at a server of fixed latency, which runs in a process of its own, as a share of those allowed;
 - memory: peak of a process that curates some records, and of one that curates ten times as many (on Linux alone).
 """
@@ -21,19 +22,25 @@ from typing import Annotated, Any
 
 import typer
 from multiverse.curator.budget import Limits
+from multiverse.curator.checks import Checks, check_source
 from multiverse.curator.completion import Completion
 from multiverse.curator.model_options import ModelOptions, StageOptions
 from multiverse.curator.models import Models
 from multiverse.curator.pipeline import run
 from multiverse.curator.records import BlockText, Call, Chain, Draft, Step
+from multiverse.curator.sentences import split_sentences
+from multiverse.curator.stages import make_stages
 from multiverse.curator.store import Store
 from rich.console import Console
 
+from benchmarks.curated_chains import GoodModel, curated_chain
 from benchmarks.measure import load_of_others, spread, store
 
 #: Characters of a chain, of an answer, and calls of the last stage, of which there are two rounds.
 CHAIN, ANSWER, BLOCKS = 24_000, 6_000, 2
 CALLS = 4 + 2 * BLOCKS
+#: Characters of the chains that the curator's own stages are timed on.
+LENGTHS = (4_000, 15_000, 43_000)
 _SENTENCE = "Then the second sum is taken in the same way, and it is 17. "
 _PROCESSES = multiprocessing.get_context("spawn")
 
@@ -100,6 +107,30 @@ def curate(count: int, backend: Any, options: ModelOptions, concurrency: int) ->
         )
         assert summary.progress.finished == count
         return time.perf_counter() - start
+
+
+def curate_really(count: int, characters: int, first: int) -> tuple[float, float, float]:
+    """Seconds of processor time of a run with the curator's own stages and checks over a new store; characters of its
+    chains, and calls, both by record."""
+    curated = [curated_chain(number, characters) for number in range(first, first + count)]
+    # Chains have been divided when they were written, which no other does for a run.
+    split_sentences.cache_clear()
+    with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "store.sqlite") as new:
+        start = time.process_time()
+        summary = run(
+            (each.chain for each in curated),
+            make_stages(),
+            Checks(),
+            GoodModel(curated),
+            new,
+            StageOptions(ModelOptions("good")),
+            Limits(concurrency=8),
+            intake=check_source,
+        )
+        seconds = time.process_time() - start
+    assert summary.progress.finished == count
+    written = sum(len(each.chain.trajectory) for each in curated) / count
+    return seconds, written, summary.progress.calls / count
 
 
 def peak_memory(count: int, found: Any) -> None:
@@ -220,12 +251,23 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results"),
 ) -> None:
-    """All three questions; a tenth of the records for the first, which is repeated."""
+    """All four questions; a tenth of the records for the first two, which are repeated."""
     console, found, load = Console(), [], [load_of_others()]
     few = records // 10
     overhead = [1e3 * curate(few, Instant(), ModelOptions("instant"), 8) / few for _ in range(repeats)]
     console.print(f"overhead: {spread(overhead)} ms a record of {CALLS} calls")
     found.append({"question": "overhead", "records": few, "calls": CALLS, "milliseconds_per_record": overhead})
+    load.append(load_of_others())
+    curate_really(1, min(LENGTHS), 0)  # imports what the first check needs
+    for characters in LENGTHS:
+        runs = [curate_really(few, characters, 1 + repeat * few) for repeat in range(repeats)]
+        stages = [1e3 * seconds / few for seconds, _, _ in runs]
+        _, written, calls = runs[0]
+        console.print(
+            f"stages: {spread(stages)} ms of processor time a record of {written:,.0f} characters and {calls:g} calls"
+        )
+        row = {"records": few, "characters": written, "calls": calls, "processor_milliseconds_per_record": stages}
+        found.append({"question": "stages", **row})
     load.append(load_of_others())
     result = busy(records, in_flight, latency)
     console.print(

@@ -188,6 +188,7 @@ def _report(folder: "RunFolder", show: bool = True) -> dict[str, Any]:
     from multiverse.evaluation.report import write_report
     from multiverse.evaluation.run_folder import to_json, write_atomically
     from multiverse.evaluation.summary import summarise_run
+    from multiverse.evaluation.tasks import UNPUBLISHED
 
     settings, tasks, records = folder.settings().to_dict(), folder.fact("tasks"), folder.records()
     missing = folder.missing()
@@ -196,7 +197,8 @@ def _report(folder: "RunFolder", show: bool = True) -> dict[str, Any]:
     summary = summarise_run(settings, tasks, records, folder.speed(), folder.sessions(), missing)
     summary["checkpoint"] = folder.fact("checkpoint")
     write_atomically(folder.path / "summary.json", to_json(summary))
-    written = write_report(folder.path, summary, records, tasks, folder.fact("prompts"))
+    shown = [record for record in records if record["task"] not in UNPUBLISHED]
+    written = write_report(folder.path, summary, shown, tasks, folder.fact("prompts"))
     if show:
         # Wide enough for the table even where nobody looks on, as in a log.
         console = Console(width=max(Console().width, 110))

@@ -75,6 +75,10 @@ TASKS: dict[str, TaskSource] = {
 }
 
 
+#: Tasks whose makers ask not to publish their questions; a generation may repeat one.
+UNPUBLISHED = frozenset({"gpqa_diamond"})
+
+
 def load_task(name: str, data: TaskData | None = None, limit: int | None = None, seed: int = 1) -> Task:
     """Reads or draws the questions of a task.
 

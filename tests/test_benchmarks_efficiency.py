@@ -318,7 +318,7 @@ def test_the_float32_copy_is_written_once_and_whole(bench: SimpleNamespace, llam
     assert copy.read_bytes() == b"float32 of model.gguf"
     copy.write_bytes(b"kept")
     assert bench.peers.float32_copy(sys.executable, Path("model.gguf"), tmp_path / "cache").read_bytes() == b"kept"
-    with pytest.raises(ValueError, match="could not write broken.gguf as float32"):
+    with pytest.raises(ValueError, match=r"could not write broken\.gguf as float32"):
         bench.peers.float32_copy(sys.executable, Path("broken.gguf"), tmp_path / "cache")
     assert not (tmp_path / "cache" / "broken.float32.gguf").exists()
 

@@ -108,7 +108,13 @@ def test_a_report_of_half_a_run_says_what_is_missing(done, tmp_path):
 def test_modes_of_a_run_are_compared(done):
     told = invoke("compare", done, "--select-first", "mode=parallel", "--select-second", "mode=sequential")
     assert "own, parallel prompt, parallel mode against own, parallel prompt, sequential mode" in told
-    selected = "--select-first mode=parallel,budget=none --select-second mode=sequential,budget=none --json".split()
+    selected = [
+        "--select-first",
+        "mode=parallel,budget=none",
+        "--select-second",
+        "mode=sequential,budget=none",
+        "--json",
+    ]
     found = json.loads(CliRunner().invoke(app, ["evaluate", "compare", str(done), *selected]).output)
     [compared] = found["comparisons"]
     records = {(each["mode"], each["question"]): each for each in RunFolder(done).records() if each["budget"] is None}

@@ -133,7 +133,8 @@ def test_equal_values_are_the_same_answer_in_any_form(first, second, same):
     ("text", "answer"),
     [
         (r"\boxed{2} and \boxed{3}", "2, 3"), (r"\boxed{4}, so the area is \boxed{32}", "32"),
-        (r"\boxed{\boxed{7}}", r"\boxed{7}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+        (r"\boxed{\boxed{7}}", r"\boxed{7}"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
         (r"\boxed{5}. Wait, it's 6.", "6"), (r"\boxed{5}. Wait, it's a nice number.", "5"), (r"\boxed{}", None),
         (r"\boxed{5}. The answer is positive.", "5"), ("Then the answer is 5?", None),
         (r"The answer is \boxed{17", None),
@@ -179,8 +180,8 @@ def test_hard_texts_are_judged_and_never_right(name):
 
 
 PIECES = [
-    *TAGS, "\\boxed{", "}", "$", "\\(", "\\)", "answer is ", "Answer: ", "12", "\\frac", "{1}{2}", "^", "_8", "√", "!", "=",
-    "<|im_start|>", "user\n", "**", "(A) ", "B", " or ", "?", ".", "\n", " cm", "%", "\\text{", "x", "<", "٣",
+    *TAGS, "\\boxed{", "}", "$", "\\(", "\\)", "answer is ", "Answer: ", "12", "\\frac", "{1}{2}", "^", "_8", "√", "!",
+    "=", "<|im_start|>", "user\n", "**", "(A) ", "B", " or ", "?", ".", "\n", " cm", "%", "\\text{", "x", "<", "٣",
 ]  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def test_reports_of_repeated_and_equal_prompts_are_their_own(saved):
     """The harness sorts requests, and groups them by their arguments."""
     folder, _, _ = saved
     harness = MultiverseLM(str(folder), device="cpu", batch_size=3)
-    samples = run(harness, "words_sampled", "words_whole")["samples"]
+    samples = run(harness, "words_whole", "words_sampled", "words_again")["samples"]
     tokenizer = word_tokenizer()
     compared = 0
     for record in harness.records:
@@ -237,7 +237,7 @@ def test_reports_of_repeated_and_equal_prompts_are_their_own(saved):
         # The end of sequence is not in the text.
         assert words == record["generated_tokens"] - (record["finish_reason"] == "eos")
         compared += 1
-    assert compared == 3 * len(QUESTIONS)
+    assert compared == 4 * len(QUESTIONS)
 
 
 def test_chat_template_and_system_instruction(saved):

@@ -6,7 +6,7 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo space space-check test lint card compile-check train-demo transfer transfer-start clean
+.PHONY: help venv demo space space-check test lint card report compile-check train-demo transfer transfer-start clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,9 @@ card: venv ## export the shipped model to runs/ and keep its model card in hub_c
 	rm -rf runs/smollm2-135m-multiverse
 	.venv/bin/multiverse export hub_card/adapter runs/smollm2-135m-multiverse --base .cache/smollm2-135m-instruct
 	cp runs/smollm2-135m-multiverse/README.md hub_card/README.md
+
+report: venv ## evaluate the shipped model in both modes; the report goes to runs/demo-report (some 20 minutes)
+	.venv/bin/multiverse evaluate run runs/demo-report --limit 100 --modes parallel,sequential --batch-sizes 1,2,4,8 $(ARGS)
 
 compile-check: venv ## compile every Triton kernel for GPUs (none is needed); fails on spilled registers
 	.venv/bin/python -m multiverse.kernels.compile_check $(ARGS)

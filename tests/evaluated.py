@@ -21,6 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 #: An id that no word of the fixed vocabulary has.
 ANSWER = 60
 LONGEST = 100
+#: Seconds that a process may take.
+PATIENCE = 240
 #: Makes a random model answer with a digit, and end with it; padding, which is no word of the text, is never said.
 BIASES = [
     [[PAD], -100.0],
@@ -95,6 +97,21 @@ def evaluate_alone(settings: dict[str, Any], folder: str, number: int = 0, world
     """What a process of its own runs, on one thread."""
     torch.set_num_threads(1)
     run(EvaluationSettings.from_dict(settings), folder, show=False, rank=Rank(number, world))
+
+
+def evaluate_elsewhere(settings: EvaluationSettings, folder: Path, world: int = 1) -> None:
+    """Evaluates in processes of their own, which share the run; all must come to their end."""
+    processes = [
+        PROCESSES.Process(target=evaluate_alone, args=(settings.to_dict(), str(folder), number, world))
+        for number in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=PATIENCE)
+        if process.is_alive():
+            process.kill()
+        assert process.exitcode == 0
 
 
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -210,10 +210,10 @@ def test_rows_write_what_each_path_writes_alone(bench: SimpleNamespace, pair: An
         whole = bench.batch_rows.run_batch_rows(pair, text)
     new = [text.written, text.end - text.conclusion]
     assert whole.shape == output.sequences.shape
-    forced = ~output.sampled[0]
-    forced[torch.tensor([start + text.header for start, _ in text.paths])] = False
-    known = forced.clone()
+    known = ~output.sampled[0]
     for start, _ in text.paths:
+        # Nothing is known of a path but what the engine forces, and a longer label is decoded.
+        assert known[start : start + text.header].all()
         known[start + text.header : start + text.header + text.written] = False
     assert torch.equal(whole[0, known], output.sequences[0, known])
     written, banned = whole[0].tolist(), pair.never_ending()["suppress_tokens"]
@@ -420,6 +420,13 @@ def test_efficiency_gives_every_way_against_its_floor(
         "llama_cpp_python": Path(sys.executable), "llama_threads": 1, "llama_float32": False, "output": tmp_path,
     }  # fmt: skip
     monkeypatch.setattr(efficiency, "gguf_file", lambda: Path("model.gguf"))
+    peers: list[Any] = []
+
+    def started(*args: Any) -> Any:
+        peers.append(bench.peers.LlamaPeer(*args))
+        return peers[-1]
+
+    monkeypatch.setattr(efficiency, "LlamaPeer", started)
     efficiency.main(**arguments)
     rows = json.loads((tmp_path / "efficiency_float64.json").read_text())["rows"]
     assert [row["paths"] for row in rows] == [1, 3]
@@ -442,6 +449,8 @@ def test_efficiency_gives_every_way_against_its_floor(
     assert ElementTree.parse(tmp_path / "efficiency_float64.svg").getroot() is not None
     (last,) = {run["sampled"] for run in json.loads(llama.read_text())["runs"][-3:]}
     assert last == rows[-1]["tokens"]
+    # Timed by itself, without the way there and back.
+    assert [peer.seconds for peer in peers] == [rows[-1]["ways"]["llama.cpp Q4_1"]["seconds"]]
 
     monkeypatch.setattr(efficiency.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="matplotlib"):

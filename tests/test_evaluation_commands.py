@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from evaluated import LONGEST, PROCESSES, evaluate_alone, write_checkpoint, write_questions
+from evaluated import LONGEST, evaluate_elsewhere, write_checkpoint, write_questions
 from multiverse.cli import app
 from multiverse.evaluation.report_page import without_times
 from multiverse.evaluation.run_folder import RunFolder
@@ -78,13 +78,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_report(done, asked, tmp_path,
 
 def test_two_processes_end_with_the_same_report_as_one(done, tmp_path):
     folder = tmp_path / "two"
-    settings = RunFolder(done).settings().to_dict()
-    processes = [PROCESSES.Process(target=evaluate_alone, args=(settings, str(folder), rank, 2)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    evaluate_elsewhere(RunFolder(done).settings(), folder, 2)
     assert len(list((folder / "records").glob("*.jsonl"))) == 2
     invoke("report", folder)
     assert of_reports(folder) == of_reports(done)

@@ -13,6 +13,7 @@ from evaluated import (
     LONGEST,
     PROCESSES,
     evaluate_alone,
+    evaluate_elsewhere,
     settings_of,
     without_times,
     write_checkpoint,
@@ -150,18 +151,14 @@ def test_a_run_that_is_killed_at_random_moments_comes_to_the_same_records(checkp
     settings = settings_of(checkpoint, questions, modes=BOTH, batch_size=1)
     alone, killed = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "killed")
 
-    def started(folder: RunFolder):
-        process = PROCESSES.Process(target=evaluate_alone, args=(settings.to_dict(), str(folder.path)))
-        process.start()
-        return process
-
     began = time.monotonic()
-    started(alone).join()
+    evaluate_elsewhere(settings, alone.path)
     whole_run = time.monotonic() - began
     random.seed(3)
     seen = []
     for _ in range(10):
-        process = started(killed)
+        process = PROCESSES.Process(target=evaluate_alone, args=(settings.to_dict(), str(killed.path)))
+        process.start()
         process.join(timeout=random.random() * whole_run)
         process.kill()
         process.join()
@@ -171,7 +168,7 @@ def test_a_run_that_is_killed_at_random_moments_comes_to_the_same_records(checkp
             path = killed.path / "records" / "rank-0000.jsonl"
             path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
     assert len(set(seen)) > 2, f"all kills hit the same moment: {seen}"
-    started(killed).join()
+    evaluate_elsewhere(settings, killed.path)
     assert without_times(killed.records()) == without_times(alone.records())
     for name in ("settings.json", "tasks.json", "checkpoint.json", "prompts.json"):
         assert (killed.path / name).read_bytes() == (alone.path / name).read_bytes()
@@ -195,14 +192,8 @@ def test_a_file_cut_off_anywhere_is_taken_up_again(whole, tmp_path, seed):
 @pytest.mark.parametrize("world", [2, 3])
 def test_several_processes_share_a_run(checkpoint, questions, tmp_path, world):
     settings = settings_of(checkpoint, questions, modes=BOTH)
-    evaluate_alone(settings.to_dict(), str(tmp_path / "one"))
-    arguments = [(settings.to_dict(), str(tmp_path / "many"), number, world) for number in range(world)]
-    processes = [PROCESSES.Process(target=evaluate_alone, args=each) for each in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * world
+    evaluate_elsewhere(settings, tmp_path / "one")
+    evaluate_elsewhere(settings, tmp_path / "many", world)
     one, many = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "many")
     assert without_times(many.records()) == without_times(one.records())
     lines = [len(path.read_text().splitlines()) for path in (many.path / "records").glob("*.jsonl")]

@@ -52,7 +52,7 @@ card: venv ## export the shipped model to runs/ and keep its model card in hub_c
 	cp runs/smollm2-135m-multiverse/README.md hub_card/README.md
 
 report: venv ## evaluate the shipped model in both modes; the report goes to runs/demo-report (some 20 minutes)
-	.venv/bin/multiverse evaluate run runs/demo-report --limit 100 --modes parallel,sequential --batch-sizes 1,2,4,8 $(ARGS)
+	.venv/bin/multiverse evaluate run runs/demo-report --limit 100 --modes parallel,sequential --batch-sizes 1,2,4 --lengths 256 $(ARGS)
 
 compile-check: venv ## compile every Triton kernel for GPUs (none is needed); fails on spilled registers
 	.venv/bin/python -m multiverse.kernels.compile_check $(ARGS)

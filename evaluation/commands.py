@@ -160,6 +160,18 @@ def compare(
         _print_comparison(result, Console(highlight=False, soft_wrap=True))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def harness(context: typer.Context) -> None:
+    """lm-evaluation-harness with Multiverse checkpoints as `--model multiverse`; takes the options of `lm_eval run`.
+
+    Its own help: `multiverse evaluate harness -- --help`.
+    """
+    with plain_errors():
+        from multiverse.evaluation.lm_eval_model import main
+
+        main(context.args)
+
+
 def _print_comparison(result: dict[str, Any], console: Console) -> None:
     from multiverse.evaluation.settings import Condition
 

@@ -49,8 +49,8 @@ class Engine:
         model (`PreTrainedModel`): a Multiverse causal LM whose attention runs through `path_attention`.
         requests (`Sequence[Request]`): what to decode.
         sampling (`SamplingOptions`): how tokens are chosen.
-        stopping_criteria (`StoppingCriteriaList`): called per branch with the tokens that it sees; one that is met
-            ends the request.
+        stopping_criteria (`Sequence[StoppingCriteriaList]`): one list per request, called per branch with the tokens
+            that it sees; one that is met ends the request.
         options (`EngineOptions`): how steps are run.
         streamer (`BaseStreamer`, *optional*): shown the tokens as they come.
     """
@@ -60,7 +60,7 @@ class Engine:
         model: PreTrainedModel,
         requests: Sequence[Request],
         sampling: SamplingOptions,
-        stopping_criteria: StoppingCriteriaList,
+        stopping_criteria: Sequence[StoppingCriteriaList],
         options: EngineOptions,
         streamer: BaseStreamer | None = None,
     ) -> None:
@@ -72,8 +72,11 @@ class Engine:
         headroom = min(max(request.rules.max_new_tokens for request in requests), most)
         self.model_step = ModelStep(model, requests, headroom, options.implementation, options.static_shapes)
         # The clock is the same for all branches; everything else may look at the tokens.
-        self._clocks = [each for each in stopping_criteria if isinstance(each, MaxTimeCriteria)]
-        self._criteria = StoppingCriteriaList(each for each in stopping_criteria if each not in self._clocks)
+        self._clocks = [each for each in stopping_criteria[0] if isinstance(each, MaxTimeCriteria)]
+        self._criteria = {
+            request: StoppingCriteriaList(each for each in criteria if each not in self._clocks)
+            for request, criteria in zip(requests, stopping_criteria, strict=True)
+        }
         self.streamer = streamer
         self._show: Callable[[Sequence[Request]], None] | None = None
         if streamer is not None:
@@ -145,7 +148,8 @@ class Engine:
 
     def _check_criteria(self, request: Request, branch: Branch) -> None:
         """Ends the request if a stopping criterion holds for what `branch` sees."""
-        if self._criteria and not request.finished:
+        criteria = self._criteria[request]
+        if criteria and not request.finished:
             history = self.sampler.history(branch, self.device)
-            if bool(self._criteria(history, None)[0]):  # type: ignore[arg-type]
+            if bool(criteria(history, None)[0]):  # type: ignore[arg-type]
                 request.close("stopped")

@@ -27,6 +27,7 @@ from .arguments import (
     row_seeds,
 )
 from .attachment import attached
+from .criteria import criteria_of_row
 from .engine import Engine, EngineOptions
 from .output import MultiverseGenerateOutput, collect_output
 from .past import WANTED, cached_columns, check_past_structure, return_past
@@ -192,6 +193,10 @@ class MultiverseGenerationMixin(GenerationMixin):
         if past is not None and columns is not None:
             check_past_structure(past, [request.machine for request in requests], [len(own) for own in columns])
         criteria = StoppingCriteriaList(each for each in stopping_criteria if not isinstance(each, handled))
+        rows = [
+            criteria_of_row(criteria, len(prompts), input_ids[row : row + 1, : input_ids.shape[1] - len(prompt)])
+            for row, prompt in enumerate(prompts)
+        ]
         pad_token_id = generation_config.pad_token_id
         if pad_token_id is None:
             pad_token_id = min(eos) if eos else 0
@@ -206,7 +211,7 @@ class MultiverseGenerationMixin(GenerationMixin):
                 static_shapes=fills_steps(generation_config.static_shapes, self.device),
             )
             try:
-                engine = Engine(self, requests, sampling, criteria, options, streamer)
+                engine = Engine(self, requests, sampling, rows, options, streamer)
                 engine.run(past, columns)
             except BaseException as error:
                 # Ctrl-C included: hours of decoding must not be lost with it.

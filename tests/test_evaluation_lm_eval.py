@@ -137,7 +137,7 @@ def test_the_harness_runs_a_saved_folder_by_the_code_in_it(saved, right, tmp_pat
             "--metadata",
             json.dumps({"answers": str(right[0])}),
         ),
-        *("--device", "cpu", "--log_samples", "--output_path", str(output)),
+        *("--device", "cpu", "--batch_size", "4", "--log_samples", "--output_path", str(output)),
     )
     samples = {
         name: [json.loads(line) for line in in_file(f"samples_{name}_*.jsonl", output).splitlines()] for name in names

@@ -54,6 +54,37 @@ def test_criterion_ends_its_own_row_alone() -> None:
     assert [report.generated_tokens for report in output.reports] == [1, 5]
 
 
+class StopAtByRow(StoppingCriteria):
+    """As evaluation harnesses have it: a list says which rows have come to the word after the batch's prompts."""
+
+    def __init__(self, word: str, prompts: list[list[int]]) -> None:
+        self.word, self.done = WORDS[word], [False] * len(prompts)
+        self.start = max(map(len, prompts))
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> bool:
+        for row, done in enumerate(self.done):
+            if not done:
+                self.done[row] = self.word in input_ids[row, self.start :].tolist()
+        return False not in self.done
+
+
+def test_criterion_with_an_entry_for_every_row_ends_rows_one_by_one() -> None:
+    prompts = [tiny_ids(each) for each in ("a x b", "b", "x c d e", "f g")]
+    model, seen = tiny_model(), set()
+    for word in ("d", "h", "x", "3"):
+        criteria = StoppingCriteriaList([StopAtByRow(word, prompts)])
+        together = decode(model, prompts, Boost(), stopping_criteria=criteria, max_new_tokens=40)
+        assert criteria[0].done == [False] * len(prompts), "rows have entries of their own"
+        for row, prompt in enumerate(prompts):
+            alone = StoppingCriteriaList([StopAtByRow(word, [prompt])])
+            one = decode(model, [prompt], Boost(), stopping_criteria=alone, max_new_tokens=40)
+            real = together.branch_ids[row] >= 0
+            assert together.sequences[row][real].tolist() == text_of(one)
+            assert together.reports[row].finish_reason == one.reports[0].finish_reason
+            seen.add(one.reports[0].finish_reason)
+    assert len(seen) > 1
+
+
 @pytest.mark.parametrize("name", list(PROMPTS))
 def test_time_that_is_up_ends_the_request_closed(name: str) -> None:
     prompt = tiny_ids(PROMPTS[name])

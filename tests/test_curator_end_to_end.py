@@ -31,7 +31,8 @@ def every_mood(digest: str, visit: int) -> Mood:
 
 
 def curate(path: Path, url: str, count: int) -> None:
-    options = StageOptions(ModelOptions("scripted", base_url=url, timeout=2.0, seed=0))
+    # Tries enough that none runs out of them where the machine is slow to answer.
+    options = StageOptions(ModelOptions("scripted", base_url=url, timeout=4.0, tries=40, seed=0))
     chains = (chain(number) for number in range(count))
 
     async def no_pause(seconds: float) -> None:

@@ -255,7 +255,7 @@ def test_no_error_and_no_log_holds_the_key(fault, monkeypatch, caplog):
     monkeypatch.setenv("MY_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with ScriptedLLM(two, faults(*[fault] * 9)) as llm:
-        options = options_for(llm, api_key_variable="MY_KEY", tries=2, timeout=0.2)
+        options = options_for(llm, api_key_variable="MY_KEY", tries=2, timeout=1.0 if fault == "hang" else 60.0)
         with pytest.raises(ModelError) as caught:
             ask(Clock().models(), options)
         assert llm.keys[0] == f"Bearer {KEY}"

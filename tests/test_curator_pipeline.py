@@ -81,7 +81,8 @@ def test_results_do_not_depend_on_concurrency_or_order(tmp_path, personality):
     for run, concurrency, in_flight in (("a", 1, 1), ("b", 16, None), ("c", 3, 20)):
         path = tmp_path / run
         with ScriptedLLM(toy_answer, moods) as llm:
-            options = http_options(llm.url, timeout=0.3 if personality == "failing" else 60.0)
+            # Tries enough that none runs out of them where the machine is slow to answer.
+            options = http_options(llm.url, timeout=0.3 if personality == "failing" else 60.0, tries=40)
             limits = {"concurrency": concurrency, "in_flight": in_flight}
             curate(path, Models(sleep=at_once), toy_chains(8), options=options, **limits)
             # A call that was given up may still be open there when it is sent again.

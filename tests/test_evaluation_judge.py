@@ -96,7 +96,8 @@ def test_an_option_is_picked_by_letter_or_by_its_text():
     for text in ("The answer is (B).", "The answer is 5 eV.", r"\boxed{\text{5 eV}}", "**B**", "Option B is correct."):
         assert judge(text, "B", "choice", choices=choices).right, text
     assert judge("The answer is three electrons.", "D", "choice", choices=choices).right
-    for text in ("The answer is 5.", "The answer is A or B.", "(A) 3 eV\n(B) 5 eV", "A proton.", "B is too small."):
+    wrong = ["The answer is 5.", "The answer is A or B.", "The answer is B or C.", "(A) 3 eV\n(B) 5 eV", "A proton."]
+    for text in [*wrong, "B is too small.", 'End with a line of the form "Answer: B".']:
         assert not judge(text, "B", "choice", choices=choices).right, text
 
 

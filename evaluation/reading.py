@@ -123,11 +123,7 @@ def read_choice(part: str, choices: Sequence[str]) -> str | None:
 
 def read_number(part: str) -> str | None:
     """The number after the last `Answer:`, as `read_answer` reads it."""
-    try:
-        number = read_answer(part)
-    except ValueError:
-        # More digits than Python turns into a number.
-        return None
+    number = read_answer(part)
     return None if number is None else str(number)
 
 

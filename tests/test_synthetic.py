@@ -136,3 +136,8 @@ def test_wilson_interval_holds_known_values():
     assert wilson_interval(0, 10)[0] == pytest.approx(0.0, abs=1e-12)
     with pytest.raises(ValueError, match="`successes`"):
         wilson_interval(3, 0)
+
+
+def test_answers_too_long_for_a_number_are_none():
+    assert read_answer("Answer: " + "9" * 4300) == int("9" * 4300)
+    assert read_answer("Answer: " + "9" * 4301) is None

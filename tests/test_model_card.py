@@ -145,7 +145,7 @@ def test_model_text_cannot_close_its_frame():
     ],
 )
 def test_facts_that_make_no_card_are_named_before_anything_is_loaded(text, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("multiverse.hub_card.export.MultiverseForCausalLM", None)
+    monkeypatch.setattr("multiverse.hub_card.checkpoint.MultiverseForCausalLM", None)
     with pytest.raises(ValueError, match=message):
         export(tmp_path, tmp_path / "out", card=write_facts(tmp_path, text))
 

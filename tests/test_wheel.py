@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {
     "modeling_multiverse": "multiverse",
     "curator": "multiverse/curator",
+    "evaluation": "multiverse/evaluation",
     "generation": "multiverse/generation",
     "hub_card": "multiverse/hub_card",
     "kernels": "multiverse/kernels",
@@ -30,6 +31,8 @@ DATA = (
     "modeling_multiverse/py.typed",
     "curator/*.jinja",
     "curator/prompts/*",
+    "evaluation/*.jinja",
+    "evaluation/*.json",
     "hub_card/*.jinja",
     "hub_card/adapter/*",
     "trainer/configs/*",

@@ -5,13 +5,12 @@ A command is a function with `@app.command()`. What it needs beyond typer and ri
 """
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from multiverse import command_errors
 from rich.console import Console
 
 if TYPE_CHECKING:
@@ -20,15 +19,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Turn chains of thought into Multiverse data, and look at such data.")
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Says in one line what a user can mend: missing packages, and arguments that do not fit."""
-    try:
-        yield
-    except ImportError as error:
-        sys.exit(f"Curating needs more packages ({error}): pip install 'multiverse-transformers[cli,curate]'")
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+#: Around whatever a command does.
+plain_errors = partial(command_errors.plain_errors, "Curating", "curate")
 
 
 @app.command()

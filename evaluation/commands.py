@@ -5,14 +5,13 @@ for `datasets` and scipy, nor have them.
 """
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from multiverse import command_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -24,15 +23,8 @@ app = typer.Typer(no_args_is_help=True, help="Accuracy, parallelism and speed of
 Folder = Annotated[Path, typer.Argument(help="Folder of the run.")]
 
 
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Says in one line what a user can mend: missing packages, and arguments that do not fit."""
-    try:
-        yield
-    except ImportError as error:
-        sys.exit(f"Evaluating needs more packages ({error}): pip install 'multiverse-transformers[cli,evaluate]'")
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
+#: Around whatever a command does.
+plain_errors = partial(command_errors.plain_errors, "Evaluating", "evaluate")
 
 
 @app.command()

@@ -61,13 +61,16 @@ compile-check: venv ## compile every Triton kernel for GPUs (none is needed); fa
 train-demo transfer transfer-start: export MALLOC_MMAP_THRESHOLD_ = 100000000000
 train-demo transfer transfer-start: export MALLOC_TRIM_THRESHOLD_ = 100000000000
 train-demo transfer transfer-start: export MALLOC_TOP_PAD_ = 1000000000
-train-demo: venv ## train both arms of the demo and evaluate them (options of the evaluation: ARGS="...")
+train-demo: venv ## train both arms of the demo, evaluate and compare them (options of the evaluation: ARGS="...")
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	for phase in parallel parallel_2 parallel_3 sequential sequential_2 sequential_3; do \
 		.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_$$phase.yaml || exit 1; \
 	done
 	.venv/bin/python -m multiverse.hub_card.pack_adapter runs/smollm2-parallel-3 hub_card/adapter
-	.venv/bin/python -m multiverse.hub_card.evaluate --sequential runs/smollm2-sequential-3 $(ARGS)
+	.venv/bin/multiverse evaluate run runs/demo-arm --limit 200 $(ARGS)
+	.venv/bin/multiverse evaluate run runs/sequential-arm --limit 200 --model runs/smollm2-sequential-3 \
+		--base .cache/smollm2-135m-instruct --prompts sequential --modes sequential $(ARGS)
+	.venv/bin/multiverse evaluate compare runs/demo-arm runs/sequential-arm --allow-different-settings
 
 transfer-start: venv ## train anew what the transfer experiment starts from
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct

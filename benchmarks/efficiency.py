@@ -175,6 +175,9 @@ def main(
     llama_cpp_python: Annotated[Path | None, typer.Option(help="An interpreter that has llama-cpp-python.")] = None,
     llama_threads: Annotated[int | None, typer.Option(min=1, help="As many as torch by default.")] = None,
     llama_float32: Annotated[bool, typer.Option(help="Also run llama.cpp on a float32 copy (0.5 GB).")] = True,
+    llama_extra_buffers: Annotated[
+        bool, typer.Option(help="Let llama.cpp lay quantised weights out anew, for AMX among others.")
+    ] = True,
     output: Annotated[Path, typer.Option()] = Path("benchmarks/results"),
 ) -> None:
     """Wall clock of whole calls, prefill included. Writes `efficiency_DTYPE.json` after every case, and an `.svg`."""
@@ -194,7 +197,7 @@ def main(
             weights = gguf_weight_bytes(file)
             # By the type of most of its bytes.
             name = f"llama.cpp {max(weights, key=weights.__getitem__)}"
-            peers[name] = (LlamaPeer(llama_cpp_python, file, threads), weights)
+            peers[name] = (LlamaPeer(llama_cpp_python, file, threads, extra_buffers=llama_extra_buffers), weights)
         sizes = [weight_bytes(pair.ours), *(sum(read.values()) for _, read in peers.values())]
         reading = Reading(sizes)
         for size, kinds in reading.kinds.items():
@@ -205,6 +208,7 @@ def main(
             "conclusion_tokens": conclusion_tokens,
             "dtype": dtype,
             "llama_threads": threads,
+            "llama_extra_buffers": llama_extra_buffers,
             "llama_cpp_python": {name: peer.version for name, (peer, _) in peers.items()},
             "seconds_per_pass_by_kind": reading.kinds,
         }

@@ -1,8 +1,9 @@
 """llama.cpp behind a pipe, timed inside: run by a Python that has `llama_cpp`, and imports nothing else.
 
-`python llama_worker.py MODEL.gguf THREADS CONTEXT` answers each line `{"ids": [...], "tokens": n}` of its input, which
-asks for `n` greedy tokens after a prompt, with `{"seconds": ..., "tokens": n, "passes": ...}`; the first line says
-that the model is there. `python llama_worker.py --float32 MODEL.gguf COPY.gguf` writes the same weights as float32.
+`python llama_worker.py MODEL.gguf THREADS CONTEXT EXTRA_BUFFERS`, the last 1 or 0, answers each line
+`{"ids": [...], "tokens": n}` of its input, which asks for `n` greedy tokens after a prompt, with
+`{"seconds": ..., "tokens": n, "passes": ...}`; the first line says that the model is there.
+`python llama_worker.py --float32 MODEL.gguf COPY.gguf` writes the same weights as float32.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 import time
 
 import llama_cpp
+import llama_cpp.llama_cpp
 
 
 def answer(model: "llama_cpp.Llama", ids: list[int], tokens: int) -> dict[str, float]:
@@ -37,8 +39,17 @@ def write_float32(source: str, target: str) -> None:
         raise RuntimeError(f"llama.cpp could not write {source} as float32.")
 
 
-def serve(path: str, threads: int, context: int) -> None:
+def serve(path: str, threads: int, context: int, extra_buffers: int) -> None:
     """Answers until the input ends."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def parameters() -> "llama_cpp.llama_cpp.llama_model_params":
+        chosen = defaults()
+        chosen.use_extra_bufts = bool(extra_buffers)
+        return chosen
+
+    # `Llama` has no argument for it.
+    llama_cpp.llama_cpp.llama_model_default_params = parameters
     # llama.cpp prints where it likes; the answers keep a pipe of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,33 +1,15 @@
 """Paired timings in one process: medians, ratios, and whether the machine was quiet."""
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
+from multiverse.evaluation.machine import machine
 from rich.console import Console
-
-
-def machine() -> dict[str, Any]:
-    """What a reader must know of the machine to place a figure."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def load_of_others(seconds: float = 1.0) -> float | None:
@@ -77,7 +59,11 @@ def store(name: str, rows: list[dict[str, Any]], output: Path, busy: list[float 
     """Writes `rows` with the machine and the load of other processes, and warns if the machine was not quiet."""
     output.mkdir(parents=True, exist_ok=True)
     known = [share for share in busy if share is not None]
-    result = {"machine": machine(), "busy_before_each_case": known, "rows": rows}
+    result = {
+        "machine": {**machine(), "transformers": transformers.__version__},
+        "busy_before_each_case": known,
+        "rows": rows,
+    }
     (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     if known and max(known) > 0.1:
         console.print(f"[red]The machine was not quiet: up to {max(known):.0%} busy with something else.[/]")

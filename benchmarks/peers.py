@@ -120,6 +120,7 @@ class LlamaPeer:
         model (`str` or `Path`): a GGUF file.
         threads (`int`): for prompts and single tokens alike.
         context (`int`): most tokens of prompt and answer.
+        extra_buffers (`bool`): lets it lay quantised weights out anew for the processor, AMX among others.
 
     Attributes:
         seconds (`list[float]`): of every run so far, by its own clock.
@@ -129,8 +130,10 @@ class LlamaPeer:
         ValueError: if the process does not come up.
     """
 
-    def __init__(self, python: str | Path, model: str | Path, threads: int, context: int = 2048) -> None:
-        command = [str(python), str(WORKER), str(model), str(threads), str(context)]
+    def __init__(
+        self, python: str | Path, model: str | Path, threads: int, context: int = 2048, extra_buffers: bool = True
+    ) -> None:
+        command = [str(python), str(WORKER), str(model), str(threads), str(context), str(int(extra_buffers))]
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         except OSError as error:
@@ -160,7 +163,11 @@ class LlamaPeer:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError("llama.cpp ended before it answered; what it said stands above.")
+            raise RuntimeError(
+                f"llama.cpp ended before it answered, with {self._process.wait()}; what it said stands above. "
+                "Where it falls over in a layout of its own (-11, on a processor with AMX), run it with "
+                "`extra_buffers=False`, --no-llama-extra-buffers."
+            )
         answer = json.loads(line)
         self.seconds.append(answer["seconds"])
         return answer

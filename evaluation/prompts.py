@@ -1,7 +1,7 @@
 r"""What a model is asked: system message, question and the request for a form of answer that can be judged.
 
 The system message asks for one of the paper's two conditions (arXiv 2506.09991, section 6.1) in the words that the
-trainers use (`multiverse.trainer.formatting.PROMPTS`). The user's message is the question; below it stand the options,
+trainers use (`multiverse.trainer.forms.PROMPTS`). The user's message is the question; below it stand the options,
 if there are any, and how to give the answer. Problems of this project's own families stand by themselves: the demo
 learned them so.
 """
@@ -12,10 +12,9 @@ from typing import Any, get_args
 import torch
 from jinja2 import TemplateError
 from multiverse.evaluation.judge import AnswerKind
-from multiverse.evaluation.settings import Form
 from multiverse.evaluation.task_rows import LETTERS, Question
 from multiverse.evaluation.tasks import Task
-from multiverse.trainer.formatting import PROMPTS
+from multiverse.trainer.forms import PROMPTS, Form
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from multiverse.evaluation import markdown
 from multiverse.evaluation import report_tables as tables
 from multiverse.evaluation.paper import BENCHMARKS, FIGURE_7, FIGURE_8, SOURCE
 from multiverse.evaluation.pictures import MOST_SWEEPS, MOST_TASKS, budget_pictures, pairs, speed_pictures
@@ -153,7 +154,7 @@ def render_markdown(
     """
     facts = report_facts(summary, tasks, published_prompts)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
-    environment.filters |= {"cell": _cell, "fenced": _fenced}
+    environment.filters |= {"cell": markdown.cell, "fenced": markdown.fenced, "table": markdown.table}
     template = environment.from_string((_FOLDER / "report.md.jinja").read_text(encoding="utf-8"))
     paper = facts["paper"]
     rows = [
@@ -267,24 +268,6 @@ def _environment() -> Environment:
     return Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=True, finalize=finalize
     )
-
-
-def _cell(value: Any) -> str:
-    """Words as they stand in a line or a table cell of Markdown, and nothing else."""
-    text = " ".join(_clean(str(value)).split())
-    return re.sub(r"[\\`*\[\]<>|#$~]|^(?=[-+=] |=)", lambda found: f"\\{found[0]}", text).replace("\\<", "&lt;")
-
-
-def _fenced(value: str) -> str:
-    """Words as a block of code that they cannot close."""
-    text = _clean(value)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}\n{text}\n{fence}"
-
-
-def _clean(text: str) -> str:
-    """Without lone surrogates, which no file in UTF-8 can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 _STYLE = """

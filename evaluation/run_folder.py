@@ -17,6 +17,26 @@ RECORD_SCHEMA = Path(__file__).resolve().parent / "record.schema.json"
 Record = dict[str, Any]
 
 
+def check_summary(summary: Mapping[str, Any], argument: str) -> None:
+    """Refuses what is no summary of a run, or that of another version.
+
+    Args:
+        summary (`Mapping`): as in `summary.json`.
+        argument (`str`): what the caller got it as.
+
+    Raises:
+        ValueError: if its schema version is another, or it has no conditions.
+    """
+    version = summary.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"`{argument}` has the schema version {version!r}, but this program reads {SCHEMA_VERSION}. Make it anew "
+            "with `multiverse evaluate report`."
+        )
+    if not summary.get("conditions"):
+        raise ValueError(f"`{argument}` has no conditions. Make it of a run with at least one generation.")
+
+
 class RunFolder:
     """Settings, generations and sessions of one evaluation.
 

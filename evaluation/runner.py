@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from multiverse.evaluation.answering import Answerer
 from multiverse.evaluation.loading import checkpoint_facts, load
+from multiverse.evaluation.machine import machine
 from multiverse.evaluation.plan import Batch, make_batches
 from multiverse.evaluation.prompts import published_prompts
 from multiverse.evaluation.run_folder import RunFolder
 from multiverse.evaluation.settings import Condition, EvaluationSettings
 from multiverse.evaluation.speed import make_speed_cases, measure_speed
 from multiverse.evaluation.tasks import Task, TaskData, load_task
-from multiverse.trainer.held_out import machine
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 #: Packages whose version a number may depend on.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from typing import Any, Literal, get_args
 
-from multiverse.trainer.formatting import Form
+from multiverse.trainer.forms import Form
 
 Mode = Literal["parallel", "sequential"]
 

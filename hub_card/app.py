@@ -15,7 +15,8 @@ from multiverse.hub_card.checkpoint import load_demo_model
 from multiverse.hub_card.space_page import HINT, SPACE_STYLE, lanes_html, results_html
 from multiverse.hub_card.space_runs import MOST_CHARACTERS, Generation, encode
 from multiverse.hub_card.turns import Turns
-from multiverse.trainer.synthetic import PARALLEL_PROMPT, train_and_test
+from multiverse.trainer.forms import PARALLEL_PROMPT
+from multiverse.trainer.synthetic import train_and_test
 from transformers import AutoTokenizer
 
 PARALLEL, SEQUENTIAL, RACE = "in parallel", "one path at a time", "race: both at once"

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, ModelCardData
+from multiverse.evaluation.markdown import table
+from multiverse.evaluation.model_index import eval_results, hub_id
+from multiverse.evaluation.report_tables import card_table
+from multiverse.evaluation.run_folder import check_summary
 from multiverse.version import __version__
 from transformers import PreTrainedConfig
 
@@ -18,18 +20,6 @@ FACTS_FILE = "card.yaml"
 CARD = "README.md"
 _TEMPLATE = Path(__file__).resolve().parent / "model_card.md.jinja"
 _TAGS = ["multiverse", "parallel-decoding"]
-#: Arms of `multiverse.hub_card.evaluate`, by what the card calls them.
-_ARMS = {"parallel": "this model", "sequential": "its twin with one line of thought"}
-_ROW = (
-    "problems",
-    "right",
-    "accuracy",
-    "interval_95",
-    "valid_structure",
-    "generated_tokens",
-    "sequential_steps",
-    "mean_degree_of_parallelism",
-)
 
 
 @dataclass(frozen=True)
@@ -45,8 +35,7 @@ class CardFacts:
         datasets (`list[str]`): Hub ids of the training data.
         language (`list[str]`): ISO 639-1 codes.
         training, evaluation, speed, limits (`str`): Markdown.
-        task (`str`): what the problems of the evaluation are, for the metadata.
-        results (`dict`): summary by `multiverse.hub_card.evaluate`; in a file, the path of its summary.json, seen from
+        results (`dict`): summary of `multiverse evaluate run`; in a file, the path of its summary.json, seen from
             there.
         example (`dict`): `messages` and `max_new_tokens` of a prompt that the exporter lets the model answer.
     """
@@ -62,7 +51,6 @@ class CardFacts:
     evaluation: str = ""
     speed: str = ""
     limits: str = ""
-    task: str = ""
     results: dict[str, Any] = field(default_factory=dict)
     example: dict[str, Any] = field(default_factory=dict)
 
@@ -113,19 +101,8 @@ class CardFacts:
             fit = fit and set(example) == {"messages", "max_new_tokens"} and isinstance(example["max_new_tokens"], int)
             if not fit:
                 raise ValueError(f"`example` needs a list of `messages` and `max_new_tokens`, got {example!r}.")
-        for arm, row in self._arms().items():
-            missing = [name for name in _ROW if name not in row]
-            if missing:
-                raise ValueError(f"`results`: {arm!r} lacks {missing}. Write it with `multiverse.hub_card.evaluate`.")
-        if self.results and "parallel" not in self.results:
-            raise ValueError("`results` has no 'parallel'. Write it with `multiverse.hub_card.evaluate`.")
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the table of results."""
-        return [{"name": _ARMS[arm], **row} for arm, row in self._arms().items()]
-
-    def _arms(self) -> dict[str, dict[str, Any]]:
-        return {arm: self.results[arm] for arm in _ARMS if arm in self.results}
+        if self.results:
+            check_summary(self.results, "results")
 
 
 @dataclass(frozen=True)
@@ -157,7 +134,7 @@ def make_card(facts: CardFacts, config: PreTrainedConfig, answer: Answer | None 
         summary=facts.summary or _summary(facts.name, base, config),
         answer=answer,
         fence=_fence(answer.text if answer else ""),
-        rows=facts.rows(),
+        results=table(card_table(facts.results)) if facts.results else "",
         version=__version__,
         card_data=_metadata(facts, base).to_yaml(),
     )
@@ -199,18 +176,7 @@ def answer_example(facts: CardFacts, model: Any, tokenizer: Any) -> Answer | Non
 
 
 def _metadata(facts: CardFacts, base: str) -> ModelCardData:
-    results = None
-    if facts.results:
-        results = [
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=re.sub(r"[^a-z0-9]+", "-", (facts.task or "held-out problems").lower()).strip("-"),
-                dataset_name=facts.task or "held-out problems",
-                metric_type="accuracy",
-                metric_name="accuracy",
-                metric_value=facts.results["parallel"]["accuracy"],
-            )
-        ]
+    results = eval_results(facts.results, facts.results.get("tasks") or {}) if facts.results else None
     return ModelCardData(
         base_model=base or None,
         datasets=facts.datasets or None,
@@ -219,9 +185,9 @@ def _metadata(facts: CardFacts, base: str) -> ModelCardData:
         license=facts.license or None,
         pipeline_tag="text-generation",
         tags=_TAGS,
-        metrics=["accuracy"] if results else None,
+        metrics=sorted({each.metric_type for each in results}) if results else None,
         model_name=facts.name if results else None,
-        eval_results=results,
+        eval_results=results or None,
     )
 
 
@@ -234,15 +200,6 @@ def _summary(name: str, base: str, config: PreTrainedConfig) -> str:
         "see each other, so `model.generate()` decodes them side by side, in fewer sequential steps than one text "
         "needs."
     )
-
-
-def hub_id(name: str | None) -> str:
-    """`name` if it can be a repository of the Hub and is no folder."""
-    try:
-        validate_repo_id(name or "")
-    except HFValidationError:
-        return ""
-    return name if name and "/" in name and not Path(name).exists() else ""
 
 
 def _fence(text: str) -> str:

@@ -11,7 +11,7 @@ from multiverse.generation.output import MultiverseGenerateOutput
 from multiverse.hub_card.page import TaggedText, render_page
 from multiverse.layout import BranchLayout
 from multiverse.tags import TAGS
-from multiverse.trainer.synthetic import PARALLEL_PROMPT
+from multiverse.trainer.forms import PARALLEL_PROMPT
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 #: Endings of files that hold rows; any other file is one text.

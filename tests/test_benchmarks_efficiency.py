@@ -1,8 +1,6 @@
-"""What the benchmarks of efficiency and growth count and compute; nothing here looks at how long anything took."""
+"""What the benchmark of efficiency counts and computes; nothing here looks at how long anything took."""
 
-import importlib
 import json
-import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -13,36 +11,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benched import programs, tiny_pair
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from multiverse import MultiverseForCausalLM, add_multiverse_tokens
-from multiverse.trainer.expression_trees import TreeOptions, predicted_steps
-from multiverse.trainer.synthetic import generate_problems
-from tiny import tiny_config, tiny_tokenizer
+from tiny import tiny_config
 from transformers import LlamaForCausalLM
-
-ROOT = Path(__file__).resolve().parent.parent
-NAMES = ("bandwidth", "batch_rows", "efficiency", "growth", "growth_picture", "peers", "workloads")
 
 #: Stands for llama_cpp in the worker: counts what it is asked for, and writes one line of the kind that would break a
 #: pipe for answers.
 FAKE_LLAMA = """
 import json, os, pathlib
+from . import llama_cpp
 LLAMA_FTYPE_ALL_F32 = 0
 __version__ = "0.0"
 LOG = pathlib.Path(os.environ["FAKE_LLAMA_LOG"])
 class Llama:
     n_batch = 512
     def __init__(self, path, **options):
-        self.log = {"path": path, "options": options, "runs": []}
+        extra = llama_cpp.llama_model_default_params().use_extra_bufts
+        self.log = {"path": path, "options": options, "extra_buffers": extra, "runs": []}
         os.write(1, b"llama_model_loader: noise\\n")
     def n_vocab(self):
         return 50
     def reset(self):
         self.log["runs"].append({"evaluated": [], "sampled": 0})
     def eval(self, tokens):
+        if len(tokens) == 1 and os.environ.get("FAKE_LLAMA_FALLS"):
+            os.abort()
         self.log["runs"][-1]["evaluated"].append(list(tokens))
     def sample(self, temp):
         assert temp == 0.0
@@ -56,34 +51,29 @@ def llama_model_quantize(source, target, parameters):
     pathlib.Path(target.decode()).write_bytes(b"float32 of " + source)
     return int(b"broken" in source)
 """
+FAKE_BINDINGS = """
+class llama_model_default_params:
+    use_extra_bufts = None
+"""
 
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[SimpleNamespace]:
-    """The benchmarks, which are programs of the repository and not of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield SimpleNamespace(**{name: importlib.import_module(f"benchmarks.{name}") for name in NAMES})
+    yield from programs("bandwidth", "batch_rows", "efficiency", "peers", "workloads")
 
 
 @pytest.fixture(scope="module")
 def pair(bench: SimpleNamespace) -> Any:
-    """The same random weights in both classes, in float64."""
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    ours = MultiverseForCausalLM(tiny_config("llama", len(tokenizer), **ends)).double().eval()
-    add_multiverse_tokens(ours, tokenizer)
-    stock = LlamaForCausalLM(tiny_config("llama", ours.config.vocab_size, **ends)).double().eval()
-    stock.load_state_dict(ours.state_dict())
-    return bench.workloads.Pair(ours, stock, tokenizer)
+    return tiny_pair(bench.workloads)
 
 
 @pytest.fixture
 def llama(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where the stand-in for llama.cpp says what it was asked for."""
-    (tmp_path / "fake").mkdir()
-    (tmp_path / "fake" / "llama_cpp.py").write_text(FAKE_LLAMA)
+    package = tmp_path / "fake" / "llama_cpp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_LLAMA)
+    (package / "llama_cpp.py").write_text(FAKE_BINDINGS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
     monkeypatch.setenv("FAKE_LLAMA_LOG", str(tmp_path / "log.json"))
     return tmp_path / "log.json"
@@ -97,53 +87,6 @@ def greedily(model: Any, ids: list[int], tokens: int, banned: list[int]) -> list
         logits[banned] = -torch.inf
         ids.append(int(logits.argmax()))
     return ids
-
-
-@settings(deadline=None, derandomize=True, max_examples=50)
-@given(
-    exponent=st.floats(-2, 3),
-    factor=st.floats(1e-3, 1e3),
-    sizes=st.lists(st.integers(1, 10_000), min_size=3, max_size=8, unique=True),
-)
-def test_a_power_law_is_found_again(bench: SimpleNamespace, exponent: float, factor: float, sizes: list[int]) -> None:
-    law = bench.growth.fit_power_law(sizes, [factor * size**exponent for size in sizes])
-    assert law.exponent == pytest.approx(exponent, abs=1e-6)
-    assert law.factor == pytest.approx(factor, rel=1e-4)
-    assert law.standard_error == pytest.approx(0, abs=1e-5)
-
-
-def test_the_standard_error_by_hand(bench: SimpleNamespace) -> None:
-    # Logarithms to base e of 1, e, e^2, e^3 against 0, 2, 1, 3: slope 4/5, residuals -0.3, 0.9, -0.9, 0.3.
-    law = bench.growth.fit_power_law([math.e**x for x in range(4)], [math.e**y for y in (0, 2, 1, 3)])
-    assert law.exponent == pytest.approx(0.8)
-    assert law.factor == pytest.approx(math.e**0.3)
-    assert law.standard_error == pytest.approx(math.sqrt((0.3**2 + 0.9**2 + 0.9**2 + 0.3**2) / 2 / 5))
-
-
-def test_what_has_no_power_law_is_refused(bench: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match="three points"):
-        bench.growth.fit_power_law([1, 2], [1, 2])
-    with pytest.raises(ValueError, match="three points"):
-        bench.growth.fit_power_law([1, 2, 3], [1, 2])
-    with pytest.raises(ValueError, match="positive"):
-        bench.growth.fit_power_law([1, 2, 3], [1, 0, 2])
-
-
-def test_medians_of_the_rounds_are_fitted_and_the_largest_points_by_themselves(bench: SimpleNamespace) -> None:
-    axis = bench.growth.Axis("a", "sizes", [1, 2, 4, 8, 16], None, {"cost": (0, 1, "so")})
-    # Constant at first and linear later, with one wild round in three.
-    curve = {1: 4.0, 2: 4.0, 4: 4.0, 8: 8.0, 16: 16.0}
-    rounds = [{size: {"cost": (10 * size, times * cost)} for size, cost in curve.items()} for times in (1.0, 9.0, 0.5)]
-    row = bench.growth.summarise(axis, rounds)
-    found = row["series"]["cost"]
-    assert (row["sizes"], found["sizes"]) == ([1, 2, 4, 8, 16], [10, 20, 40, 80, 160])
-    assert found["medians"] == list(curve.values())
-    assert found["values"][3] == [8.0, 72.0, 4.0]
-    assert found["fit_of_largest"]["exponent"] == pytest.approx(1)
-    assert 0.3 < found["fit"]["exponent"] < 0.7
-    short = bench.growth.summarise(axis, [{size: costs for size, costs in rounds[0].items() if size < 4}])
-    assert short["sizes"] == [1, 2]
-    assert "fit" not in short["series"]["cost"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -299,14 +242,28 @@ def test_the_worker_makes_one_token_a_pass(bench: SimpleNamespace, llama: Path) 
     assert log["options"] == {
         "n_ctx": 99, "n_threads": 2, "n_threads_batch": 2, "n_gpu_layers": 0, "verbose": False,
     }  # fmt: skip
+    assert log["extra_buffers"] is True
     for run in log["runs"]:
         # An id that it does not know is its last one.
         assert run["evaluated"] == [[1, 49, *[3] * 600], [1], [2], [3]]
         assert run["sampled"] == 4
 
 
+def test_a_llama_that_falls_over_says_what_may_help(
+    bench: SimpleNamespace, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = bench.peers.LlamaPeer(sys.executable, "model.gguf", threads=1, extra_buffers=False)
+    peer.run([1, 2], 1)
+    peer.close()
+    assert json.loads(llama.read_text())["extra_buffers"] is False
+    monkeypatch.setenv("FAKE_LLAMA_FALLS", "1")
+    peer = bench.peers.LlamaPeer(sys.executable, "model.gguf", threads=1)
+    with pytest.raises(RuntimeError, match=r"with -6;.*--no-llama-extra-buffers"):
+        peer.run([1, 2], 2)
+
+
 def test_a_python_without_llama_is_named(bench: SimpleNamespace, llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "fake" / "llama_cpp.py").write_text("raise ImportError('no llama.cpp here')")
+    (tmp_path / "fake" / "llama_cpp" / "__init__.py").write_text("raise ImportError('no llama.cpp here')")
     with pytest.raises(ValueError, match=r"`python`.*Install llama-cpp-python"):
         bench.peers.LlamaPeer(sys.executable, "model.gguf", threads=1)
     with pytest.raises(ValueError, match=r"`python`.*does not run"):
@@ -323,91 +280,6 @@ def test_the_float32_copy_is_written_once_and_whole(bench: SimpleNamespace, llam
     assert not (tmp_path / "cache" / "broken.float32.gguf").exists()
 
 
-def test_steps_are_taken_while_all_paths_are_live(bench: SimpleNamespace, pair: Any) -> None:
-    for paths in (1, 3, 12):
-        times, first, last = bench.growth.forked_steps(pair, pair.prompt(400, paths), paths, 5)
-        assert last - first == 5
-        assert [b - a for a, b in zip(times.slots[first - 1 : last - 1], times.slots[first:last], strict=True)] == [
-            paths
-        ] * 5
-    assert len(times.whole) == len(times.attention) == len(times.slots)
-    assert all(0 < inside < whole for inside, whole in zip(times.attention, times.whole, strict=True))
-    times = bench.growth.StepTimes([9.0, 4.0, 3.0, 8.0], [9.0, 1.0, 2.5, 2.0], [0] * 4)
-    assert times.medians(1, 4) == {"step": 4000.0, "attention": 2000.0, "all else": 3000.0}
-
-
-def test_the_clock_leaves_the_engine_as_it_was(bench: SimpleNamespace, pair: Any) -> None:
-    growth = bench.growth
-    before = growth.Engine._step, growth.attention.folded_attention
-    with growth.step_clock() as times:
-        report = pair.run_ours(pair.prompt(200, 2), 40, max_path_tokens=9).reports[0]
-    assert len(times.whole) == report.sequential_steps
-    assert times.slots[-1] == report.kv_slots
-    with pytest.raises(KeyError), growth.step_clock():
-        raise KeyError
-    assert (growth.Engine._step, growth.attention.folded_attention) == before
-
-
-def test_costs_are_set_against_what_they_grow_with(bench: SimpleNamespace, pair: Any) -> None:
-    costs = bench.growth.prompt_case(pair, 300, 4, 3)
-    goal = pair.tokenizer.encode("<Parallel>\n<Goal>\n" + "".join(
-        f"<Outline>\n{number}: look\n</Outline>\n" for number in range(1, 5)) + "</Goal>")  # fmt: skip
-    assert costs["prompt"][0] == 300 - len(goal)
-    # A separator, four headers of four tokens, and what was sampled before: 2, 3 and 4 tokens a path.
-    assert costs["step"][0] == 300 + 1 + 4 * 4 + 4 * 3
-    assert set(costs) == {"prompt", "step", "attention", "all else"}
-    assert {size for size, _ in bench.growth.branch_case(pair, 3, 300, 3).values()} == {3}
-    assert {size for size, _ in bench.growth.batch_case(pair, 2, 3, 300, 3).values()} == {2}
-    for depth in (1, 2):
-        costs = bench.growth.depth_case(pair, depth)
-        options = TreeOptions(depth=(depth, depth), branching=(2, 2), terms=(2, 2))
-        (problem,) = generate_problems(1, 0, options)
-        assert costs["steps"] == (depth, predicted_steps(problem.parallel(), pair.tokenizer, pair.ours.config))
-
-
-def test_growth_keeps_what_it_has_and_draws_it(
-    bench: SimpleNamespace, pair: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    growth = bench.growth
-    monkeypatch.setattr(growth.Pair, "load", classmethod(lambda cls: pair))
-    monkeypatch.setattr(growth, "load_of_others", lambda: 0.0)
-    arguments: dict[str, Any] = {
-        "repeats": 2, "steps": 3, "prompts": "256,512,1024", "branches": "1,2,4", "depths": "1,2,3",
-        "batches": "1,2,3", "output": tmp_path,
-    }  # fmt: skip
-    broken = growth.depth_case
-
-    def fails_at_two(pair: Any, depth: int) -> Any:
-        if depth == 2:
-            raise RuntimeError("out of memory")
-        return broken(pair, depth)
-
-    monkeypatch.setattr(growth, "depth_case", fails_at_two)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        growth.main(**{**arguments, "prompts": ""})
-    kept = json.loads((tmp_path / "growth.json").read_text())["rows"]
-    assert [(row["axis"], row["sizes"]) for row in kept] == [("branches", [1, 2, 4]), ("depth", [1])]
-
-    monkeypatch.setattr(growth, "depth_case", broken)
-    growth.main(**arguments)
-    rows = json.loads((tmp_path / "growth.json").read_text())["rows"]
-    assert [row["axis"] for row in rows] == ["prompt", "branches", "depth", "batch"]
-    for row in rows:
-        assert len(row["sizes"]) == 3
-        for found in row["series"].values():
-            assert [len(values) for values in found["values"]] == [2, 2, 2]
-            law = growth.fit_power_law(found["sizes"], found["medians"])
-            assert found["fit"]["exponent"] == pytest.approx(law.exponent)
-    assert ElementTree.parse(tmp_path / "growth.svg").getroot() is not None
-    drawn = (tmp_path / "growth.svg").read_text()
-    for row in rows:
-        assert f"<!-- {row['axis']} -->" in drawn
-
-    monkeypatch.setattr(growth.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="matplotlib"):
-        growth.main(**arguments)
-
-
 def test_efficiency_gives_every_way_against_its_floor(
     bench: SimpleNamespace, pair: Any, llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -422,8 +294,8 @@ def test_efficiency_gives_every_way_against_its_floor(
     monkeypatch.setattr(efficiency, "gguf_file", lambda: Path("model.gguf"))
     peers: list[Any] = []
 
-    def started(*args: Any) -> Any:
-        peers.append(bench.peers.LlamaPeer(*args))
+    def started(*args: Any, **options: Any) -> Any:
+        peers.append(bench.peers.LlamaPeer(*args, **options))
         return peers[-1]
 
     monkeypatch.setattr(efficiency, "LlamaPeer", started)

@@ -100,6 +100,33 @@ def test_layers_that_share_an_input_run_one_product(monkeypatch: pytest.MonkeyPa
     assert [output.shape[-1] for output in outputs] == [32, 16, 16]
 
 
+@pytest.mark.parametrize(("vendor", "dtype", "packed"), [
+    ("GenuineIntel", torch.float32, [3, 4]),
+    ("GenuineIntel", torch.bfloat16, [1, 2, 3, 4]),
+    ("AuthenticAMD", torch.float32, [1, 2, 3, 4]),
+    ("", torch.float32, [1, 2, 3, 4]),
+])  # fmt: skip
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this build of torch has no MKL")
+def test_few_rows_are_packed_only_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, dtype: torch.dtype, packed: list[int]
+) -> None:
+    monkeypatch.setattr(packed_linear, "_vendor", lambda: vendor)
+    attention = (model := tiny_model(dtype=dtype)).model.layers[0].self_attn
+    forwards = packed_forwards(model)
+    products: list[int] = []
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *args: products.append(args[0].shape[-2]) or pointwise(*args)
+    )
+    for rows in (1, 2, 3, 4):
+        inputs = torch.randn(1, rows, attention.q_proj.in_features, dtype=dtype)
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            assert torch.allclose(
+                forwards[layer](inputs), layer(inputs), atol=1e-5 if dtype == torch.float32 else 1e-2
+            )
+    assert products == packed
+
+
 def test_model_is_itself_again_after_decoding() -> None:
     model = tiny_model(dtype=torch.float32)
     decode(model, ROWS, FORK_AND_END, pack_linears=True, max_new_tokens=40)

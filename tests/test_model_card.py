@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 
@@ -10,23 +11,17 @@ import torch
 from grpo_runs import fresh
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from multiverse import MultiverseConfig, MultiverseForCausalLM
+from multiverse.evaluation.intervals import wilson_interval
+from multiverse.evaluation.markdown import table
+from multiverse.evaluation.report_tables import card_table
+from multiverse.evaluation.summary import summarise_run
 from multiverse.hub_card.checkpoint import ADAPTER, load_demo_model
 from multiverse.hub_card.export import export
 from multiverse.hub_card.model_card import CARD, FACTS_FILE, Answer, CardFacts, answer_example, make_card
 from multiverse.hub_card.pack_adapter import BASE_MODEL
-from multiverse.trainer.held_out import wilson_interval
+from reported import broken, condition, record, wrong
 
 SHIPPED = ADAPTER.parent / CARD
-ROW = {
-    "problems": 40,
-    "right": 30,
-    "accuracy": 0.75,
-    "interval_95": [0.6, 0.9],
-    "valid_structure": 0.975,
-    "generated_tokens": 100.0,
-    "sequential_steps": 50.0,
-    "mean_degree_of_parallelism": 2.0,
-}
 
 
 def write_facts(folder: Path, text: str) -> Path:
@@ -44,17 +39,18 @@ def test_the_card_in_the_repository_is_the_one_the_shipped_model_gets():
     card = make_card(facts, model.config, answer_example(facts, model, tokenizer))
     assert str(card).strip() == SHIPPED.read_text().strip(), "`make card` writes it anew"
     # The intervals are those of the counts.
-    for row in facts.rows():
-        low, high = wilson_interval(row["right"], row["problems"])
-        assert row["interval_95"] == [round(low, 4), round(high, 4)]
+    for row in facts.results["conditions"]:
+        low, high = wilson_interval(row["right"], row["questions"])
+        assert row["pass_at_1_interval_95"] == [round(low, 4), round(high, 4)]
 
 
 def test_the_metadata_is_what_the_hub_asks_for():
     data = ModelCard.load(SHIPPED).data
     assert (data.base_model, data.license, data.library_name) == (BASE_MODEL, "apache-2.0", "transformers")
     assert data.pipeline_tag == "text-generation"
-    (result,) = data.eval_results
-    assert (result.metric_type, result.metric_value) == ("accuracy", 0.96)
+    results = CardFacts.read(ADAPTER / FACTS_FILE).results
+    figures = [row[name] for row in results["conditions"] for name in ("pass_at_1", "degree_of_parallelism")]
+    assert [result.metric_value for result in data.eval_results] == figures
     index = metadata_load(SHIPPED)["model-index"]
     assert index[0]["name"] == data.model_name == "smollm2-135m-multiverse"
 
@@ -137,8 +133,8 @@ def test_model_text_cannot_close_its_frame():
         ("licence: mit", "'licence', which no card has"),
         ("datasets: mine", "`datasets` must be a list"),
         ("results: gone.json", r"`results` \(.*gone\.json\) does not exist"),
-        ("results: {sequential: {}}", "lacks"),
-        ("results: {other: 1}", "no 'parallel'"),
+        ("results: {parallel: {right: 3}}", "`results` has the schema version None"),
+        ("results: {schema_version: 1}", "`results` has no conditions"),
         ("example: {messages: []}", "`example`"),
         ("example: {messages: [a], max_new_tokens: 5}", "`example`"),
         ("example: {messages: [{role: user, content: a}], max_new_tokens: many}", "`example`"),
@@ -154,12 +150,21 @@ def test_facts_beside_a_checkpoint_are_found(tmp_path):
     model, tokenizer = fresh("qwen2")
     model.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
-    facts = f"limits: It knows nothing.\nevaluation: Ten problems.\nresults: {{parallel: {ROW}}}\n"
-    write_facts(tmp_path / "plain", facts)
+    questions = condition("sums")
+    records = [record(questions), wrong(questions, 1), record(questions, 2), broken(questions, 3)]
+    facts = {"sums": {"source": "made up", "questions": 5, "samples": 1}}
+    asked = {"tasks": ["sums"], "prompts": ["parallel"], "modes": ["parallel"], "budgets": [None]}
+    summary = summarise_run(asked, facts, records, missing=1)
+    (tmp_path / "plain" / "summary.json").write_text(json.dumps(summary))
+    write_facts(tmp_path / "plain", "limits: It knows nothing.\nevaluation: Ten problems.\nresults: summary.json\n")
     folder = export(tmp_path / "plain", tmp_path / "out", name="me/mine")
     card = ModelCard.load(folder / CARD)
     assert "It knows nothing." in card.text
-    assert "| this model | 30 of 40, 75.0% (60.0% to 90.0%) | 98% | 100.0 | 50.0 | 2.00 |" in card.text
+    assert "Ten problems." in card.text
+    assert "1 generations are missing" in card.text
+    assert table(card_table(summary)) in card.text
+    assert "| 2 of 4 |" in card.text
+    assert [each.metric_value for each in card.data.eval_results if each.metric_type == "pass@1"] == [0.5]
     assert card.data.model_name == "me/mine"
     assert not (folder / FACTS_FILE).exists()
     loaded = MultiverseForCausalLM.from_pretrained(folder)

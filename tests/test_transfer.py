@@ -8,9 +8,10 @@ import pytest
 import torch
 import yaml
 from multiverse.trainer import transfer
+from multiverse.trainer.forms import PARALLEL_PROMPT
 from multiverse.trainer.held_out import answer_problems
 from multiverse.trainer.sft import MultiverseScriptArguments, main
-from multiverse.trainer.synthetic import PARALLEL_PROMPT, ProblemOptions, generate_problems, train_and_test
+from multiverse.trainer.synthetic import ProblemOptions, generate_problems, train_and_test
 from multiverse.trainer.training_data import DataArguments, load_data
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_tokenizer

@@ -33,6 +33,7 @@ DATA = (
     "curator/prompts/*",
     "evaluation/*.jinja",
     "evaluation/*.json",
+    "evaluation/results/demo/summary.json",
     "hub_card/*.jinja",
     "hub_card/adapter/*",
     "trainer/configs/*",
@@ -42,8 +43,11 @@ SAVE = """
 import torch
 import multiverse
 from multiverse import MultiverseForCausalLM, add_multiverse_tokens
+from multiverse.hub_card.checkpoint import ADAPTER
+from multiverse.hub_card.model_card import FACTS_FILE, CardFacts
 from transformers import AutoTokenizer
 
+assert CardFacts.read(ADAPTER / FACTS_FILE).results["conditions"]
 environment, published, folder, given = sys.argv[1:5]
 assert multiverse.__file__ == f"{environment}/multiverse/__init__.py", multiverse.__file__
 data = torch.load(given)

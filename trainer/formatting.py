@@ -16,15 +16,11 @@ from jinja2 import TemplateError
 from multiverse.layout import BranchLayout
 from multiverse.tags import TAGS, check_token_ids
 from multiverse.trainer.format_report import FormatReport
-from multiverse.trainer.synthetic import PARALLEL_PROMPT, SEQUENTIAL_PROMPT
+from multiverse.trainer.forms import PROMPTS, Form
 from transformers import PreTrainedTokenizerBase
 
-Form = Literal["parallel", "sequential"]
 Messages = list[dict[str, Any]]
 DatasetT = TypeVar("DatasetT", Dataset, DatasetDict, IterableDataset, IterableDatasetDict)
-
-#: What the system message asks for, by form.
-PROMPTS: dict[str, str] = {"parallel": PARALLEL_PROMPT, "sequential": SEQUENTIAL_PROMPT}
 
 _ACTIONS = ("drop", "keep", "raise")
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})

@@ -1,14 +1,11 @@
 """Answers held-out problems by greedy decoding, keeps every answer as it comes, and sums the answers up."""
 
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from multiverse import BranchLayout, MultiverseForCausalLM
 from multiverse.evaluation.intervals import wilson_interval
 from multiverse.trainer.synthetic import Problem, read_answer
@@ -91,19 +88,6 @@ def summarise(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "mean_degree_of_parallelism": round(sum(degrees) / count, 4),
         "generated_tokens": round(sum(record["generated_tokens"] for record in records) / count, 2),
         "sequential_steps": round(sum(record["sequential_steps"] for record in records) / count, 2),
-    }
-
-
-def machine() -> dict[str, Any]:
-    """What a reader must know of the machine to place a figure."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
     }
 
 

@@ -13,8 +13,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Protocol
 
-PARALLEL_PROMPT = "Think step by step and in parallel."
-SEQUENTIAL_PROMPT = "Think step by step."
+from multiverse.trainer.forms import PARALLEL_PROMPT, SEQUENTIAL_PROMPT
 
 _MOST_TERMS = 13
 _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}

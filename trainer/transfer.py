@@ -25,8 +25,9 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 import yaml
+from multiverse.evaluation.machine import machine
 from multiverse.trainer.curriculum import epoch_shares
-from multiverse.trainer.held_out import answer_problems, machine, summarise
+from multiverse.trainer.held_out import answer_problems, summarise
 from multiverse.trainer.recovery import find_complete_checkpoint
 from multiverse.trainer.sft import MultiverseScriptArguments, load_model_and_tokenizer, main
 from multiverse.trainer.synthetic import train_and_test

@@ -225,7 +225,7 @@ class _RowFormatter:
         answer = "\n".join(each["content"] or "" for each in completion if each["role"] == "assistant")
         blocks = self._layout(self.tokenizer.encode(answer, add_special_tokens=False)).blocks
         form = self.form or row.get("form")
-        if form not in PROMPTS:
+        if form is None or form not in PROMPTS:
             if form is not None:
                 defects.append(_defect("unknown form", f"{form!r} is neither 'parallel' nor 'sequential'."))
             form = "parallel" if blocks else "sequential"

@@ -32,7 +32,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 log_scales(own, row["sizes"])
         axes.set(xlabel=row["label"], title=row["axis"])
         axes.grid(visible=True, alpha=0.3)
-        axes.legend(handles=lines, fontsize="x-small")
+        axes.legend(handles=lines, fontsize="x-small", loc="upper left")
     for axes in panels.flat[len(rows) :]:
         axes.set_axis_off()
     figure.savefig(path, metadata={"Date": None})

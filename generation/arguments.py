@@ -191,6 +191,19 @@ def in_stock_loop(config: GenerationConfig, kwargs: dict[str, Any]) -> bool:
     return True
 
 
+def check_input_preparation(model: Any) -> None:
+    """Refuses a model whose inputs somebody else prepares: the engine asks nobody, and would leave the change out.
+
+    PEFT's prompt learning (prefix tuning, prompt tuning, P-tuning) puts its virtual tokens in there.
+    """
+    if getattr(model.prepare_inputs_for_generation, "__self__", None) is not model:
+        raise ValueError(
+            "`prepare_inputs_for_generation` of the model has been replaced, as PEFT does for prefix tuning, prompt "
+            "tuning and P-tuning, and branches would be decoded without what it adds. Use an adapter of the weights, "
+            "such as LoRA."
+        )
+
+
 def check_decoding(config: GenerationConfig, synced_gpus: bool) -> None:
     """Refuses prepared options that the engine does not honour, rather than dropping them in silence."""
     refused = {

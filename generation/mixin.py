@@ -21,6 +21,7 @@ from .arguments import (
     GENERATION_DEFAULTS,
     check_decoding,
     check_generate_arguments,
+    check_input_preparation,
     fills_steps,
     in_stock_loop,
     packs_linears,
@@ -158,6 +159,7 @@ class MultiverseGenerationMixin(GenerationMixin):
                 **model_kwargs,
             )
         check_decoding(generation_config, synced_gpus)
+        check_input_preparation(self)
         eos_criteria = [criteria for criteria in stopping_criteria if isinstance(criteria, EosTokenCriteria)]
         eos = {int(token) for criteria in eos_criteria for token in criteria.eos_token_id.flatten()}
         handled = (EosTokenCriteria, MaxLengthCriteria)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import PROMPTS, TWO_PATHS, Boost
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tiny import TOKEN_IDS, tiny_ids, tiny_model
 from transformers import GenerationConfig, LogitsProcessorList
 
@@ -136,3 +137,13 @@ def test_continuous_batching_is_refused_before_any_memory_is_taken() -> None:
     for start in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(ValueError, match="Continuous batching"):
             start([[1, 2, 3]])
+
+
+@pytest.mark.parametrize("adapter", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_of_peft_are_refused_not_left_out(adapter: type) -> None:
+    model = tiny_model(dtype=torch.float32)
+    tuned = get_peft_model(model, adapter(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="prefix tuning"):
+        tuned.generate(input_ids=IDS, attention_mask=ONES, max_new_tokens=5, do_sample=False)
+    # Without its wrapper the model decodes again.
+    assert model.generate(IDS, attention_mask=ONES, max_new_tokens=5, do_sample=False).shape[1] > IDS.shape[1]

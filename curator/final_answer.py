@@ -6,6 +6,7 @@ Mathematics is compared by math-verify, everything else as normalised text.
 import logging
 import re
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +33,8 @@ _STATED = re.compile(
     r"[\s*]*(?P<answer>\\\[[^$]{1,300}?\\\]|\$\$[^$]{1,300}?\$\$|\S[^\n]{0,400}?)\s*(?P<end>\.(?=\s|\Z)|\?|\n|</answer>|\Z)",
     re.IGNORECASE,
 )
+#: What every match of `_STATED` begins with, in lower case: by itself it is searched for 50 times as fast.
+_BEGINS = re.compile(r"<answer>|answer|final|wait|no[,:]|hmm|sorry|actually|correction|hold on|mistake|\n[ \t]*####")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\[\\{}]|[{}]")
 _BETWEEN_BOXES = re.compile(
     r"[\s$]*(?:\\[)\]])?[\s$]*(?:,|;|(?:,\s*)?\b(?:and|or))[\s$]*(?:\\[(\[])?[\s$]*(?:[A-Za-z]\s*=\s*)?"
@@ -65,7 +68,7 @@ def stated_answer(text: str) -> str | None:
     after = boxes[-1][1] if boxes else 0
     stated = [
         answer
-        for match in _STATED.finditer(text, after)
+        for match in _statements(text, after)
         if match["end"] != "?" and match.end("answer") <= unclosed and (answer := _trimmed(match["answer"]))
         if _is_formula(answer) or not (boxes or match["corrects"] or len(answer.split()) > _MOST_WORDS)
     ]
@@ -124,6 +127,20 @@ def normalised(answer: str) -> str:
     answer = _NOISE.sub("", _WRAPPER.sub(r"\1", answer)).casefold().rstrip(".")
     inner = re.fullmatch(r"[(\[{]([^()\[\]{},]*)[)\]}]", answer)
     return inner[1] if inner else answer
+
+
+def _statements(text: str, start: int) -> Iterator[re.Match[str]]:
+    """`_STATED.finditer(text, start)`, tried only where one can begin."""
+    # The two that `re.IGNORECASE` takes for an s and an i, and `lower` does not.
+    lower = text.lower().replace("ſ", "s").replace("ı", "i")
+    if len(lower) != len(text):
+        # A character has become two, and places are no longer the same.
+        yield from _STATED.finditer(text, start)
+        return
+    for begin in _BEGINS.finditer(lower, start):
+        if begin.start() >= start and (match := _STATED.match(text, begin.start())):
+            yield match
+            start = match.end()
 
 
 def _boxes(text: str) -> tuple[list[tuple[int, int, str]], int]:

@@ -46,13 +46,14 @@ def test_an_adapter_is_merged_into_its_base(tmp_path):
     for name, weight in adapted.named_parameters():
         if "lora_B" in name or "trainable_tokens" in name:
             torch.nn.init.normal_(weight, std=0.03)
-    expected = logits(adapted, tokenizer)
     adapted.save_pretrained(tmp_path / "adapter")
+    # Arithmetic in float64: what is left is the rounding of the merged weights, on whatever processor.
+    expected = logits(adapted.double(), tokenizer)
 
     written = export(tmp_path / "adapter", tmp_path / "whole", base=tmp_path / "base")
     loaded, loaded_tokenizer = load(written)
-    torch.testing.assert_close(logits(loaded, loaded_tokenizer), expected, rtol=0, atol=1e-5)
-    assert (logits(fresh("qwen2")[0], tokenizer) - expected).abs().max() > 0.05
+    torch.testing.assert_close(logits(loaded.double(), loaded_tokenizer), expected, rtol=0, atol=1e-5)
+    assert (logits(fresh("qwen2")[0].double(), tokenizer) - expected).abs().max() > 0.05
     names = {path.name for path in written.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert {"modeling_multiverse.py", "configuration_multiverse.py", "chat_template.jinja"} <= names

@@ -10,12 +10,12 @@ from datasets import Dataset
 from grpo_runs import MIXED, fresh, grpo_config, recomputed, rollouts, trained_tokens, with_adapter, word_trainer
 from multiverse.trainer.choice import CHOICE_PROBLEMS, FREE_PROMPT, mixture, rollout_row, write_mixture
 from multiverse.trainer.choice_results import answers, by_form, run_log
-from multiverse.trainer.grpo import GRPOScriptArguments, build_trainer, check_arguments, main
+from multiverse.trainer.grpo import GRPOScriptArguments, build_trainer, check_arguments, main, train_tag_rows_only
 from multiverse.trainer.recovery import resume_option
 from multiverse.trainer.rewards import AccelerationReward, AnswerReward, FormatReward
 from multiverse.trainer.sft import load_model_and_tokenizer
 from multiverse.trainer.synthetic import generate_problems
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
 from trl import GRPOConfig, ModelConfig, TrlParser
 
@@ -166,6 +166,32 @@ def test_the_script_goes_on_with_an_adapter_and_keeps_it_as_reference(tmp_path: 
         torch.testing.assert_close(reloaded(ids).logits, trained.model.eval()(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_only_the_rows_of_the_tags_are_trained_where_that_is_asked_for(tmp_path: Path) -> None:
+    model, tokenizer = fresh()
+    model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    adapter = with_adapter(model)
+    adapter.save_pretrained(tmp_path / "adapter")
+    before = {name: weight.clone() for name, weight in adapter.named_parameters()}
+    arguments = script_arguments(
+        tmp_path / "out", tmp_path / "start", model.config.multiverse_token_ids, tokenizer.eos_token_id,
+        "--adapter_path", str(tmp_path / "adapter"), "--tag_rows_only", "true", "--save_strategy", "no",
+        "--max_steps", "2",
+    )  # fmt: skip
+    script, config, model_config = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config(
+        arguments
+    )
+    loaded, tokenizer = load_model_and_tokenizer(str(tmp_path / "start"))
+    rows = [rollout_row(problem, "free", tokenizer) for problem in generate_problems(4, 0, CHOICE_PROBLEMS)]
+    dataset = {"train": Dataset.from_list(rows)}
+    answer = AnswerReward(judge=lambda text, expected: len(text) % 2 == 0)
+    trainer = build_trainer(loaded, tokenizer, dataset, script, config, model_config, answer)
+    trainer.train()
+    changed = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("trainable_tokens_delta" in name for name in changed)
+
+
 def test_bad_script_arguments_are_named(tmp_path: Path) -> None:
     config = grpo_config(tmp_path, 2)
     with pytest.raises(ValueError, match="`dataset_name`"):
@@ -174,6 +200,11 @@ def test_bad_script_arguments_are_named(tmp_path: Path) -> None:
         check_arguments(GRPOScriptArguments(synthetic_samples=1, synthetic_first=-1), config)
     with pytest.raises(ValueError, match="`scale_rewards`"):
         main(GRPOScriptArguments(synthetic_samples=1), grpo_config(tmp_path, 2, scale_rewards="group"), ModelConfig())
+    with pytest.raises(ValueError, match="`tag_rows_only`"):
+        check_arguments(GRPOScriptArguments(synthetic_samples=1, tag_rows_only=True), config)
+    plain = get_peft_model(fresh()[0], LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="`tag_rows_only`: the adapter trains no rows"):
+        train_tag_rows_only(plain)
     check_arguments(GRPOScriptArguments(synthetic_samples=1), config)
     assert config.reward_weights == [1.0, 0.1, 0.5]
 

@@ -83,6 +83,10 @@ class GRPOScriptArguments(ScriptArguments):
     adapter_path: str | None = field(
         default=None, metadata={"help": "Go on training this LoRA adapter instead of a new one."}
     )
+    tag_rows_only: bool = field(
+        default=False,
+        metadata={"help": "Of that adapter, train the tags' rows alone: when to fork, and nothing of how to work."},
+    )
     merge_adapters: bool = field(
         default=True, metadata={"help": "Add LoRA matrices to float32 weights while completions are made."}
     )
@@ -106,6 +110,8 @@ def check_arguments(script: GRPOScriptArguments, config: GRPOConfig) -> None:
         )
     if script.synthetic_first < 0:
         raise ValueError(f"`synthetic_first` must not be negative, got {script.synthetic_first}.")
+    if script.tag_rows_only and script.adapter_path is None:
+        raise ValueError("`tag_rows_only` is about an adapter. Name one as `adapter_path`, or leave it out.")
     if script.answer_reward == "math" and not is_math_verify_available():
         raise ImportError("`answer_reward` is 'math', which needs a package: `pip install math-verify`.")
     _check_rewards(config)
@@ -169,6 +175,8 @@ def build_trainer(
     trained: MultiverseForCausalLM | PeftModel = model
     if script.adapter_path is not None:
         trained = PeftModel.from_pretrained(model, script.adapter_path, is_trainable=True)
+        if script.tag_rows_only:
+            train_tag_rows_only(trained)
     answer = answer or ANSWER_REWARDS[script.answer_reward]
     trainer = GRPOTrainer(
         model=trained,
@@ -184,6 +192,24 @@ def build_trainer(
     give_wrapped_head_its_bias(model)
     complete_reference_adapter(trainer.model)
     return trainer
+
+
+def train_tag_rows_only(model: PeftModel) -> None:
+    """Freezes all of an adapter but the rows of the tags: what is learnt is when to fork.
+
+    With few completions an update the noise of policy gradients soon costs what the other weights know.
+
+    Raises:
+        ValueError: if the adapter has no such rows.
+    """
+    rows = [name for name, _ in model.named_parameters() if "trainable_tokens_delta" in name]
+    if not rows:
+        raise ValueError(
+            "`tag_rows_only`: the adapter trains no rows of tags. Train it with `multiverse.trainer.sft`, or with "
+            "`add_tag_rows` in its configuration."
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in rows)
 
 
 def complete_reference_adapter(model: MultiverseForCausalLM | PeftModel) -> None:

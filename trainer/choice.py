@@ -5,7 +5,7 @@ The system message says nothing about parallel or sequential. A model that has s
 
 ```bash
 # what a supervised warm start is trained on, for `multiverse.trainer.sft --dataset_name runs/choice-data`
-python -m multiverse.trainer.choice runs/choice-data --samples 320 --parallel-share 0.3
+python -m multiverse.trainer.choice runs/choice-data
 ```
 """
 
@@ -78,9 +78,9 @@ def mixture(problems: list[Problem], parallel_share: float, seed: int = 0) -> li
 
 def write_mixture(
     folder: Annotated[Path, typer.Argument(help="Folder of the dataset, for `--dataset_name`.")],
-    samples: Annotated[int, typer.Option(min=1, help="Problems.")] = 320,
-    parallel_share: Annotated[float, typer.Option(help="Share of them in the Multiverse form.")] = 0.3,
-    held_out: Annotated[int, typer.Option(min=1, help="Problems kept out, those of the evaluation.")] = 120,
+    samples: Annotated[int, typer.Option(min=1, help="Problems.")] = 640,
+    parallel_share: Annotated[float, typer.Option(help="Share of them in the Multiverse form.")] = 0.5,
+    held_out: Annotated[int, typer.Option(min=1, help="Problems kept out, those of the evaluation.")] = 240,
     seed: Annotated[int, typer.Option(help="Draws the problems and their forms.")] = 0,
 ) -> None:
     """Writes `train.jsonl` with a mixture of both forms; no problem of the evaluation is in it."""

@@ -34,7 +34,7 @@ CURVES = {
 def answer(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     output: Annotated[Path, typer.Argument(help="File of the results.")],
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 120,
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = 240,
     seed: Annotated[int, typer.Option(help="Draws the problems, as in training, and what is sampled.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 12,
     max_new_tokens: Annotated[int, typer.Option(min=16)] = 600,

@@ -8,6 +8,7 @@ import torch
 from cases import quick_collection  # noqa: F401
 from datasets import Dataset
 from grpo_runs import MIXED, fresh, grpo_config, recomputed, rollouts, trained_tokens, with_adapter, word_trainer
+from multiverse import MultiverseForCausalLM
 from multiverse.trainer.choice import CHOICE_PROBLEMS, FREE_PROMPT, mixture, rollout_row, write_mixture
 from multiverse.trainer.choice_results import answers, by_form, run_log
 from multiverse.trainer.grpo import GRPOScriptArguments, build_trainer, check_arguments, main, train_tag_rows_only
@@ -17,6 +18,7 @@ from multiverse.trainer.sft import load_model_and_tokenizer
 from multiverse.trainer.synthetic import generate_problems
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
+from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 pytestmark = pytest.mark.usefixtures("quick_collection")  # trainers collect at the start of every run
@@ -133,12 +135,18 @@ def test_a_step_makes_better_completions_likelier(tmp_path: Path) -> None:
     assert (gained.sum(dim=1) * inputs["advantages"]).sum() > 0
 
 
-def test_the_script_goes_on_with_an_adapter_and_keeps_it_as_reference(tmp_path: Path) -> None:
+def write_start(folder: Path) -> tuple[MultiverseForCausalLM, PreTrainedTokenizerFast, PeftModel]:
+    """A base in `start` and an adapter over it in `adapter`."""
     model, tokenizer = fresh()
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
+    model.save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
     adapter = with_adapter(model)
-    adapter.save_pretrained(tmp_path / "adapter")
+    adapter.save_pretrained(folder / "adapter")
+    return model, tokenizer, adapter
+
+
+def test_the_script_goes_on_with_an_adapter_and_keeps_it_as_reference(tmp_path: Path) -> None:
+    model, tokenizer, adapter = write_start(tmp_path)
     arguments = script_arguments(
         tmp_path / "out", tmp_path / "start", model.config.multiverse_token_ids, tokenizer.eos_token_id,
         "--adapter_path", str(tmp_path / "adapter"), "--beta", "0.1", "--save_strategy", "no", "--max_steps", "1",
@@ -167,11 +175,7 @@ def test_the_script_goes_on_with_an_adapter_and_keeps_it_as_reference(tmp_path: 
 
 
 def test_only_the_rows_of_the_tags_are_trained_where_that_is_asked_for(tmp_path: Path) -> None:
-    model, tokenizer = fresh()
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
-    adapter = with_adapter(model)
-    adapter.save_pretrained(tmp_path / "adapter")
+    model, tokenizer, adapter = write_start(tmp_path)
     before = {name: weight.clone() for name, weight in adapter.named_parameters()}
     arguments = script_arguments(
         tmp_path / "out", tmp_path / "start", model.config.multiverse_token_ids, tokenizer.eos_token_id,

@@ -33,7 +33,7 @@ _STATED = re.compile(
     r"[\s*]*(?P<answer>\\\[[^$]{1,300}?\\\]|\$\$[^$]{1,300}?\$\$|\S[^\n]{0,400}?)\s*(?P<end>\.(?=\s|\Z)|\?|\n|</answer>|\Z)",
     re.IGNORECASE,
 )
-#: What every match of `_STATED` begins with, in lower case: looked for by itself, it is found five times as fast or more.
+#: What every match of `_STATED` begins with, in lower case: a search for it alone takes a fifth of the time or less.
 _BEGINS = re.compile(r"<answer>|answer|final|wait|no[,:]|hmm|sorry|actually|correction|hold on|mistake|\n[ \t]*####")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\[\\{}]|[{}]")
 _BETWEEN_BOXES = re.compile(

@@ -12,10 +12,11 @@ import pytest
 import trl
 from front_door import front_door
 from multiverse.trainer.choice import rollout_row, write_mixture
+from multiverse.trainer.grpo import GRPOScriptArguments
 from multiverse.trainer.rollouts import MultiverseRollouts
 from multiverse.trainer.sft import MultiverseScriptArguments
 from multiverse.trainer.synthetic import ProblemOptions, generate_problems
-from trl import ModelConfig, SFTConfig
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "trainer/README.md").read_text(encoding="utf-8")
@@ -61,9 +62,8 @@ OPTIONS = sorted(set(re.findall(r"--(\w[\w-]*)", README)) - {"config_file"})
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_exists(option: str) -> None:
-    known = {
-        each.name for kind in (MultiverseScriptArguments, SFTConfig, ModelConfig) for each in dataclasses.fields(kind)
-    }
+    kinds = (MultiverseScriptArguments, SFTConfig, GRPOScriptArguments, GRPOConfig, ModelConfig)
+    known = {each.name for kind in kinds for each in dataclasses.fields(kind)}
     chosen = {name.replace("_", "-") for name in inspect.signature(write_mixture).parameters}
     assert option in known | chosen | {"config", "plan"}
 

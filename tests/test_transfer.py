@@ -19,15 +19,15 @@ from training import fresh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
-PROBLEMS, UPDATES = 4, 8
+PROBLEMS, EPOCHS, UPDATES = 4, 8, 8
 
 
 class Experiment:
     """A folder with a tiny start and the settings of its runs; the experiment's own, but for the problems' size."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.runs, self.results = folder, folder / "runs", folder / "results" / "transfer"
-        self.config = folder / "transfer.yaml"
+        self.folder, self.runs, self.results = folder, folder / "runs", folder / "results"
+        self.config = folder / "smollm2_short.yaml"
         tokenizer = tiny_tokenizer()
         plain = tiny_config("llama", vocabulary=len(tokenizer))
         plain.eos_token_id, plain.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -65,13 +65,13 @@ class Experiment:
         return seen
 
     def training(self, runs: Path, arm: str) -> dict[str, Any]:
-        return json.loads((runs / f"{arm}-0" / "training.json").read_text())
+        return json.loads((runs / "short" / f"{arm}-0" / "training.json").read_text())
 
     def answer(self, arm: str, **options: Any) -> list[dict[str, Any]]:
         """Runs the command, and gives the records that are kept."""
         options = {"problems": 5, "batch_size": 2, "max_new_tokens": 40, **options}
         transfer.answer(arm, 0, config=self.config, runs=self.runs, results=self.results, **options)
-        path = self.results / (f"{arm}-0.jsonl" if arm in transfer.ARMS else f"{arm}.jsonl")
+        path = self.runs / "start.jsonl" if arm == "start" else self.results / "short" / f"{arm}-0.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -83,11 +83,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 @pytest.fixture(scope="module")
 def seen(experiment: Experiment) -> dict[str, list[list[int]]]:
     """Ids of all samples of the three arms, in the order of training."""
-    return {arm: experiment.train(arm) for arm in transfer.ARMS}
+    return {arm: experiment.train(arm) for arm in transfer.arms_of(experiment.config)}
 
 
 def test_an_epoch_visits_every_problem_once_and_arms_differ_in_forms_alone(experiment, seen):
-    tokenizer = AutoTokenizer.from_pretrained(experiment.runs / "multiverse-0")
+    tokenizer = AutoTokenizer.from_pretrained(experiment.runs / "short" / "multiverse-0")
     texts = {arm: [tokenizer.decode(ids) for ids in samples] for arm, samples in seen.items()}
     drawn = generate_problems(PROBLEMS, 0, ProblemOptions(terms=(2, 3)))
 
@@ -98,18 +98,21 @@ def test_an_epoch_visits_every_problem_once_and_arms_differ_in_forms_alone(exper
     orders = {arm: [problem_of(text) for text in samples] for arm, samples in texts.items()}
     assert orders["multiverse"] == orders["sequential"] == orders["curriculum"]
     order = orders["multiverse"]
-    assert len(order) == transfer.EPOCHS * PROBLEMS
+    assert len(order) == EPOCHS * PROBLEMS
     epochs = [order[start : start + PROBLEMS] for start in range(0, len(order), PROBLEMS)]
     assert all(sorted(epoch) == list(range(PROBLEMS)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
     parallel = {
-        arm: [sum(PARALLEL_PROMPT in text for text in samples[start : start + PROBLEMS]) for start in range(0, 32, 4)]
+        arm: [
+            sum(PARALLEL_PROMPT in text for text in samples[start : start + PROBLEMS])
+            for start in range(0, len(order), PROBLEMS)
+        ]
         for arm, samples in texts.items()
     }
-    assert parallel["multiverse"] == [PROBLEMS] * 8
-    assert parallel["sequential"] == [0] * 8
-    assert parallel["curriculum"] == [round(PROBLEMS * epoch / 7) for epoch in range(8)]
+    assert parallel["multiverse"] == [PROBLEMS] * EPOCHS
+    assert parallel["sequential"] == [0] * EPOCHS
+    assert parallel["curriculum"] == [round(PROBLEMS * epoch / 7) for epoch in range(EPOCHS)]
     for samples in texts.values():
         for number, text in zip(order, samples, strict=True):
             problem = drawn[number]
@@ -118,7 +121,7 @@ def test_an_epoch_visits_every_problem_once_and_arms_differ_in_forms_alone(exper
 
 def test_tokens_updates_and_time_are_recorded(experiment, seen):
     for arm, samples in seen.items():
-        training = json.loads((experiment.results / f"{arm}-0_training.json").read_text())
+        training = json.loads((experiment.results / "short" / f"{arm}-0_training.json").read_text())
         assert training == experiment.training(experiment.runs, arm)
         assert training["updates"] == UPDATES
         assert training["tokens"] == sum(map(len, samples))
@@ -131,7 +134,7 @@ def test_tokens_updates_and_time_are_recorded(experiment, seen):
 
 
 def test_a_finished_run_is_not_trained_again(experiment, seen):
-    kept = experiment.results / "curriculum-0_training.json"
+    kept = experiment.results / "short" / "curriculum-0_training.json"
     before = kept.read_text()
     kept.unlink()
     assert experiment.train("curriculum") == []
@@ -141,18 +144,34 @@ def test_a_finished_run_is_not_trained_again(experiment, seen):
 def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(experiment, seen, tmp_path):
     # Within the sixth update; a checkpoint is written after the fourth.
     experiment.train("curriculum", tmp_path, cut_after=22)
-    assert not (tmp_path / "curriculum-0" / "training.json").exists()
+    assert not (tmp_path / "short" / "curriculum-0" / "training.json").exists()
     assert experiment.train("curriculum", tmp_path) == seen["curriculum"][16:]
     whole, cut = (experiment.training(runs, "curriculum") for runs in (experiment.runs, tmp_path))
     assert cut["tokens"] == whole["tokens"]
     assert [entry["loss"] for entry in cut["log"]] == pytest.approx([entry["loss"] for entry in whole["log"]])
     assert [(each["from_update"], each["to_update"]) for each in cut["sessions"]] == [(0, 4), (4, 8)]
-    one, other = (
-        load_file(runs / "curriculum-0" / "adapter_model.safetensors") for runs in (experiment.runs, tmp_path)
-    )
+    weights = "short/curriculum-0/adapter_model.safetensors"
+    one, other = (load_file(runs / weights) for runs in (experiment.runs, tmp_path))
     assert one.keys() == other.keys()
     for name, weight in one.items():
         torch.testing.assert_close(other[name], weight)
+
+
+def test_a_single_epoch_has_no_curriculum_and_folders_of_its_own(experiment, seen, tmp_path):
+    settings = yaml.safe_load(experiment.config.read_text()) | {"num_train_epochs": 1}
+    config = tmp_path / "smollm2_once.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="`arm` is 'curriculum'"):
+        transfer.train("curriculum", 0, config, experiment.runs, experiment.results)
+    for arm in transfer.arms_of(config):
+        transfer.train(arm, 0, config, experiment.runs, experiment.results)
+    once = {arm: experiment.results / "once" / f"{arm}-0_training.json" for arm in ("multiverse", "sequential")}
+    assert sorted((experiment.results / "once").iterdir()) == sorted(once.values())
+    for arm, path in once.items():
+        training = json.loads(path.read_text())
+        assert training["shares"] == [float(arm == "multiverse")]
+        # The problems that a longer run sees in its first epoch, in the same order.
+        assert training["tokens"] == sum(map(len, seen[arm][:PROBLEMS]))
 
 
 def test_without_a_start_nothing_is_trained(experiment, tmp_path):
@@ -165,7 +184,8 @@ def test_without_a_start_nothing_is_trained(experiment, tmp_path):
 
 def test_what_is_kept_of_the_answers(experiment, seen):
     kept = experiment.answer("multiverse")
-    full = [json.loads(line) for line in (experiment.runs / "multiverse-0" / "answers.jsonl").read_text().splitlines()]
+    stored = experiment.runs / "short" / "multiverse-0" / "answers.jsonl"
+    full = [json.loads(line) for line in stored.read_text().splitlines()]
     full.sort(key=lambda record: record["problem"])
     _, problems = train_and_test(0, 5, transfer.PROBLEM_SEED)
     assert [record["question"] for record in full] == [problem.question for problem in problems]
@@ -175,7 +195,7 @@ def test_what_is_kept_of_the_answers(experiment, seen):
 
 def test_answers_that_are_stored_are_not_made_again(experiment, seen, monkeypatch):
     kept = experiment.answer("sequential")
-    stored = experiment.runs / "sequential-0" / "answers.jsonl"
+    stored = experiment.runs / "short" / "sequential-0" / "answers.jsonl"
     lines = stored.read_text().splitlines(keepends=True)
     # Two answers are there, the third was being written.
     stored.write_text("".join(lines[:2]) + lines[2][:40])
@@ -235,13 +255,14 @@ def test_arms_of_a_seed_share_problems_that_are_not_asked_later():
 
     asked = {problem.question for problem in train_and_test(0, transfer.PROBLEMS, transfer.PROBLEM_SEED)[1]}
     assert len(asked) == 400
-    trained = {seed: questions("smollm2_transfer", seed) for seed in transfer.SEEDS}
-    for rows in trained.values():
-        # Both forms of 80 problems, whatever the arm's shares.
-        assert rows[:80] == rows[80:]
-        assert len(set(rows)) == 80
-        assert not asked & set(rows)
-    assert len(set().union(*trained.values())) == 240
     start = questions("smollm2_transfer_start", 10)
     assert len(set(start)) == 1600
     assert not asked & set(start)
+    for name, count in (("smollm2_transfer", 80), ("smollm2_transfer_fresh", 400)):
+        trained = {seed: questions(name, seed) for seed in transfer.SEEDS}
+        for rows in trained.values():
+            # Both forms of every problem, whatever the arm's shares.
+            assert rows[:count] == rows[count:]
+            assert len(set(rows)) == count
+            assert not (asked | set(start)) & set(rows)
+        assert len(set().union(*trained.values())) == 3 * count

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from multiverse.trainer import transfer
 from multiverse.trainer.transfer_report import bootstrap_interval, budget_curve, compare, report_on
 
@@ -175,11 +176,27 @@ def test_a_report_needs_a_run(tmp_path):
 def test_the_report_is_written_beside_the_records(tmp_path, capsys):
     folder = tmp_path / "transfer"
     write(folder, "multiverse-3", answers("1101", 40))
-    transfer.report(problems=4, results=folder, pictures=False)
+    transfer.report(problems=4, results=tmp_path, pictures=False)
     report = json.loads((tmp_path / "transfer.json").read_text())
     assert report["arms"]["multiverse"]["seeds"] == [3]
     assert "multiverse-0: answers" in report["missing"]
     assert "3/4 right" in capsys.readouterr().out
+
+
+def test_designs_are_reported_apart_and_share_the_start_that_lies_beside_its_weights(tmp_path):
+    write(tmp_path / "starts", "start", answers("1110", 100))
+    settings = {"adapter_path": str(tmp_path / "starts" / "start")}
+    rights = {"short": "1000", "once": "1100"}
+    for name, epochs in (("short", 8), ("once", 1)):
+        config = tmp_path / f"smollm2_{name}.yaml"
+        config.write_text(yaml.safe_dump({**settings, "num_train_epochs": epochs}))
+        write(tmp_path / name, "multiverse-0", answers(rights[name], 40))
+        transfer.report(problems=4, config=config, results=tmp_path, pictures=False)
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert report["runs"].keys() == {"multiverse-0", "start"}
+        start = report["comparisons"]["multiverse - start"]
+        assert start["accuracy_difference"] == rights[name].count("1") / 4 - 0.75
+        assert any("curriculum" in line for line in report["missing"]) == (epochs > 1)
 
 
 def test_pictures_of_some_of_the_runs(tmp_path):
@@ -188,6 +205,6 @@ def test_pictures_of_some_of_the_runs(tmp_path):
     write(folder, "multiverse-1", answers("1111", 60))
     write(folder, "start", answers("1110", 100))
     write_training(folder, "multiverse-0")
-    transfer.report(problems=4, results=folder)
+    transfer.report(problems=4, results=tmp_path)
     for name in ("transfer_budget.svg", "transfer_arms.svg"):
         assert "</svg>" in (tmp_path / name).read_text()

@@ -6,6 +6,9 @@ forms in every epoch: all, none, or the paper's curriculum from none to all. Eac
 
 The start is kept in `results/transfer/start` (`make transfer-start` trains it anew).
 
+A design is a file of settings in `configs`, by which the folders of its runs and results are named. That of
+`smollm2_transfer_fresh.yaml` has one epoch, so it has no curriculum.
+
 ```bash
 python -m multiverse.trainer.transfer train --arm multiverse --seed 0
 python -m multiverse.trainer.transfer answer --arm multiverse --seed 0
@@ -39,16 +42,9 @@ from trl import ModelConfig, SFTConfig, TrlParser
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 CONFIG = Path(__file__).resolve().parent / "configs" / "smollm2_transfer.yaml"
-RESULTS = Path(__file__).resolve().parent / "results" / "transfer"
-RUNS = Path("runs/transfer")
+RESULTS = Path(__file__).resolve().parent / "results"
+RUNS = Path("runs")
 
-EPOCHS = 8
-#: Share of Multiverse forms in every epoch, by arm.
-ARMS: dict[str, tuple[float, ...]] = {
-    "multiverse": (1.0,) * EPOCHS,
-    "sequential": (0.0,) * EPOCHS,
-    "curriculum": epoch_shares("linear", EPOCHS),
-}
 Arm = Literal["multiverse", "sequential", "curriculum"]
 SEEDS = (0, 1, 2)
 
@@ -65,16 +61,22 @@ _WEIGHTS = "adapter_model.safetensors"
 def train(
     arm: Annotated[Arm, typer.Option(help="What the run sees.")],
     seed: Annotated[int, typer.Option(help="Draws problems and order.")],
-    config: Annotated[Path, typer.Option(help="Settings that all runs share.")] = CONFIG,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
-    results: Annotated[Path, typer.Option(help="Folder of the records that are kept.")] = RESULTS,
+    config: Annotated[Path, typer.Option(help="The design: settings that all runs share.")] = CONFIG,
+    runs: Annotated[Path, typer.Option(help="Where the design has its folder of runs.")] = RUNS,
+    results: Annotated[Path, typer.Option(help="Where it has its folder of records that are kept.")] = RESULTS,
 ) -> None:
     """Fine-tunes the start in one arm, unless that is done, and records tokens, time and losses."""
-    folder = runs / f"{arm}-{seed}"
+    folder = runs / design(config) / f"{arm}-{seed}"
+    shares = arms_of(config).get(arm)
+    if shares is None:
+        raise ValueError(
+            f"`arm` is {arm!r}, but {config} has a single epoch, over which nothing can move. Give it more epochs, or "
+            f"choose one of {list(arms_of(config))}."
+        )
     record = folder / "training.json"
     if not record.is_file():
         arguments = ["--config", str(config), "--seed", str(seed), "--output_dir", str(folder)]
-        arguments += ["--curriculum_shares", *map(str, ARMS[arm])]
+        arguments += ["--curriculum_shares", *map(str, shares)]
         parser = TrlParser([MultiverseScriptArguments, SFTConfig, ModelConfig])  # type: ignore[list-item]
         script, training, model = parser.parse_args_and_config(arguments)
         start = Path(str(script.adapter_path)) / _WEIGHTS
@@ -89,7 +91,7 @@ def train(
         summary = {
             "arm": arm,
             "seed": seed,
-            "shares": ARMS[arm],
+            "shares": shares,
             "updates": trainer.state.global_step,
             "tokens": tokens_trained(history),
             "sessions": [json.loads(line) for line in _sessions(folder).read_text().splitlines()],
@@ -98,8 +100,9 @@ def train(
         }
         # Written when all else is: its presence says that the run is finished.
         record.write_text(json.dumps(summary, indent=1) + "\n")
-    results.mkdir(parents=True, exist_ok=True)
-    (results / f"{folder.name}_training.json").write_text(record.read_text())
+    kept = results / design(config)
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / f"{folder.name}_training.json").write_text(record.read_text())
     print(f"{folder} is trained")
 
 
@@ -110,15 +113,16 @@ def answer(
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems.")] = PROBLEMS,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=16)] = 1200,
-    config: Annotated[Path, typer.Option(help="Settings that all runs share.")] = CONFIG,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
-    results: Annotated[Path, typer.Option(help="Folder of the records that are kept.")] = RESULTS,
+    config: Annotated[Path, typer.Option(help="The design: settings that all runs share.")] = CONFIG,
+    runs: Annotated[Path, typer.Option(help="Where the design has its folder of runs.")] = RUNS,
+    results: Annotated[Path, typer.Option(help="Where it has its folder of records that are kept.")] = RESULTS,
 ) -> None:
     """Answers the held-out problems with one run, greedily and in the form that the run ended with."""
     name = arm if arm == START else f"{arm}-{seed}"
-    folder = runs / name
+    folder = runs / design(config) / name
     settings = yaml.safe_load(config.read_text())
-    adapter = Path(settings["adapter_path"]) if arm == START else folder
+    start = Path(settings["adapter_path"])
+    adapter = start if arm == START else folder
     finished = adapter / (_WEIGHTS if arm == START else "training.json")
     if not finished.is_file():
         raise ValueError(f"`runs`: {finished} does not exist. Train {name} first.")
@@ -128,29 +132,34 @@ def answer(
         return PeftModel.from_pretrained(model, adapter).merge_and_unload().eval(), tokenizer
 
     _, held_out = train_and_test(0, problems, PROBLEM_SEED)
-    form = "parallel" if arm in ARMS and ARMS[arm][-1] == 1.0 else "sequential"
+    form = "sequential" if arm in (START, "sequential") else "parallel"
     records = answer_problems(held_out, form, folder / "answers.jsonl", load, batch_size, max_new_tokens, name)
     kept = [{field: record[field] for field in _KEPT} for record in records]
-    results.mkdir(parents=True, exist_ok=True)
-    (results / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    # The start is the same for every design, so its answers lie beside its weights.
+    path = start.with_suffix(".jsonl") if arm == START else results / design(config) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
     print(json.dumps(summarise(records), indent=2))
 
 
 @app.command()
 def report(
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems that every run answered.")] = PROBLEMS,
-    results: Annotated[Path, typer.Option(help="Folder of the records that are kept.")] = RESULTS,
+    config: Annotated[Path, typer.Option(help="The design.")] = CONFIG,
+    results: Annotated[Path, typer.Option(help="Where it has its folder of records that are kept.")] = RESULTS,
     pictures: Annotated[bool, typer.Option(help="Draw as well; needs the extra `plots`.")] = True,
 ) -> None:
-    """Sums up all records that are there, beside their folder, and says which runs are missing."""
+    """Sums up all records of a design that are there, beside their folder, and says which runs are missing."""
     if pictures and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('`pictures` needs matplotlib. Run `pip install -e ".[plots]"`, or pass `--no-pictures`.')
-    summary = report_on(results, list(ARMS), SEEDS, problems)
-    results.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    arms, folder = list(arms_of(config)), results / design(config)
+    start = Path(yaml.safe_load(config.read_text())["adapter_path"]).with_suffix(".jsonl")
+    summary = report_on(folder, arms, SEEDS, problems, start)
+    folder.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     if pictures:
-        answers, _ = read_answers(results, problems)
-        draw_budget(answers, list(ARMS), results.with_name(f"{results.name}_budget.svg"))
-        draw_arms(summary, read_trainings(results), list(ARMS), results.with_name(f"{results.name}_arms.svg"))
+        answers, _ = read_answers(folder, problems, start)
+        draw_budget(answers, arms, folder.with_name(f"{folder.name}_budget.svg"))
+        draw_arms(summary, read_trainings(folder), arms, folder.with_name(f"{folder.name}_arms.svg"))
     for arm, pooled in summary["arms"].items():
         low, high = pooled["interval_95_over_problems"]
         print(
@@ -160,6 +169,18 @@ def report(
         )
     print(json.dumps(summary["comparisons"], indent=1))
     print("missing:", ", ".join(summary["missing"]) or "nothing")
+
+
+def design(config: Path) -> str:
+    """Name of the folders that belong to a file of settings."""
+    return config.stem.removeprefix("smollm2_")
+
+
+def arms_of(config: Path) -> dict[str, tuple[float, ...]]:
+    """Share of Multiverse forms in every epoch, by arm; over a single epoch there is no curriculum."""
+    epochs = int(yaml.safe_load(config.read_text())["num_train_epochs"])
+    arms = {"multiverse": (1.0,) * epochs, "sequential": (0.0,) * epochs}
+    return arms | ({"curriculum": epoch_shares("linear", epochs)} if epochs > 1 else {})
 
 
 def tokens_trained(history: list[dict[str, Any]]) -> int:

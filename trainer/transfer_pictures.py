@@ -1,11 +1,15 @@
 """Pictures of the transfer experiment (they need the extra `plots`)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from multiverse.trainer.transfer_report import START, Records, budget_curve, budgets_of, by_seed
+
+#: Updates that one point of a curve of losses stands for.
+_SMOOTHED = 20
 
 
 def draw_budget(answers: Mapping[str, Records], arms: Sequence[str], path: Path) -> None:
@@ -52,8 +56,9 @@ def draw_arms(summary: Mapping[str, Any], trainings: Mapping[str, Any], arms: Se
         color = f"C{number}"
         for training in by_seed(trainings, arm).values():
             by_update = np.array([entry["loss_content"] for entry in training["log"]])
-            by_epoch = by_update.reshape(len(training["shares"]), -1).mean(axis=1)
-            losses.plot(range(1, len(by_epoch) + 1), by_epoch, color=color, linewidth=1)
+            parts = np.array_split(by_update, math.ceil(len(by_update) / _SMOOTHED))
+            updates = np.cumsum([len(part) for part in parts])
+            losses.plot(updates, [part.mean() for part in parts], color=color, linewidth=1)
         if arm not in summary["arms"]:
             continue
         pooled = summary["arms"][arm]
@@ -73,7 +78,7 @@ def draw_arms(summary: Mapping[str, Any], trainings: Mapping[str, Any], arms: Se
         steps.axhline(answered["sequential_steps"], color="black", linestyle="--", linewidth=1)
     accuracy.set(title="accuracy (start dashed)", ylim=(0, 1))
     steps.set(title="sequential steps")
-    losses.set(title="loss on content, by epoch", xlabel="epoch", yscale="log")
+    losses.set(title=f"loss on content, means of {_SMOOTHED}", xlabel="update", yscale="log")
     for axis in (accuracy, steps, losses):
         axis.grid(visible=True, axis="y", alpha=0.3)
     figure.savefig(path, metadata={"Date": None})

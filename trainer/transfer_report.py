@@ -19,15 +19,18 @@ START = "start"
 Records = list[dict[str, Any]]
 
 
-def read_answers(folder: Path, problems: int) -> tuple[dict[str, Records], list[str]]:
+def read_answers(folder: Path, problems: int, start: Path | None = None) -> tuple[dict[str, Records], list[str]]:
     """Records by run, and in words which files lack problems; those are left out.
 
     Args:
         folder (`Path`): of the records, `ARM-SEED.jsonl`.
         problems (`int`): how many a whole file answers.
+        start (`Path`, *optional*): file of the start's records, which are not read where it does not exist.
     """
     answers, incomplete = {}, []
-    for path in sorted(folder.glob("*.jsonl")):
+    paths = {START: start} if start is not None and start.is_file() else {}
+    paths |= {path.stem: path for path in folder.glob("*.jsonl")}
+    for _, path in sorted(paths.items()):
         records = sorted(map(json.loads, path.read_text().splitlines()), key=lambda record: record["problem"])
         if [record["problem"] for record in records] == list(range(problems)):
             answers[path.stem] = records
@@ -94,7 +97,9 @@ def training_facts(training: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def report_on(folder: Path, arms: Sequence[str], seeds: Sequence[int], problems: int) -> dict[str, Any]:
+def report_on(
+    folder: Path, arms: Sequence[str], seeds: Sequence[int], problems: int, start: Path | None = None
+) -> dict[str, Any]:
     """Everything that the records in `folder` show, and which of the expected runs are missing.
 
     Args:
@@ -102,11 +107,12 @@ def report_on(folder: Path, arms: Sequence[str], seeds: Sequence[int], problems:
         arms (sequence of `str`): names of the arms; every one is compared with `"sequential"` and with the start.
         seeds (sequence of `int`): expected seeds; others that are there count as well.
         problems (`int`): how many every run answers.
+        start (`Path`, *optional*): file of the start's records.
 
     Raises:
         ValueError: if no run has answered all problems.
     """
-    answers, missing = read_answers(folder, problems)
+    answers, missing = read_answers(folder, problems, start)
     if not answers:
         raise ValueError(
             f"`results`: {folder} holds no run with answers to {problems} problems. Make one with "

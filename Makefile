@@ -6,10 +6,10 @@ ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo space space-check test lint card report compile-check train-demo transfer transfer-start clean
+.PHONY: help venv demo space space-check test lint card report compile-check train-demo transfer transfer-repeated transfer-start clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' Makefile
 
 venv: .venv/.installed ## create .venv with everything the other targets need
 
@@ -58,9 +58,9 @@ compile-check: venv ## compile every Triton kernel for GPUs (none is needed); fa
 	.venv/bin/python -m multiverse.kernels.compile_check $(ARGS)
 
 # They keep glibc from giving the big buffers back to the kernel at every step.
-train-demo transfer transfer-start: export MALLOC_MMAP_THRESHOLD_ = 100000000000
-train-demo transfer transfer-start: export MALLOC_TRIM_THRESHOLD_ = 100000000000
-train-demo transfer transfer-start: export MALLOC_TOP_PAD_ = 1000000000
+train-demo transfer transfer-repeated transfer-start: export MALLOC_MMAP_THRESHOLD_ = 100000000000
+train-demo transfer transfer-repeated transfer-start: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+train-demo transfer transfer-repeated transfer-start: export MALLOC_TOP_PAD_ = 1000000000
 train-demo: venv ## train both arms of the demo, evaluate and compare them (options of the evaluation: ARGS="...")
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	for phase in parallel parallel_2 parallel_3 sequential sequential_2 sequential_3; do \
@@ -77,14 +77,22 @@ transfer-start: venv ## train anew what the transfer experiment starts from
 	.venv/bin/python -m multiverse.trainer.sft --config trainer/configs/smollm2_transfer_start.yaml
 	.venv/bin/python -m multiverse.hub_card.pack_adapter runs/transfer/start trainer/results/transfer/start
 
-transfer: venv ## run the transfer experiment: nine short trainings, their answers, the report
+transfer: ## run the transfer experiment on 400 problems, each once: six short trainings, their answers, the report
+transfer: DESIGN = smollm2_transfer_fresh
+transfer: ARMS = multiverse sequential
+transfer-repeated: ## run it on 80 problems, each eight times, with the curriculum: nine trainings
+transfer-repeated: DESIGN = smollm2_transfer
+transfer-repeated: ARMS = multiverse sequential curriculum
+transfer transfer-repeated: venv
 	.venv/bin/python -m multiverse.hub_card.base_model .cache/smollm2-135m-instruct
 	.venv/bin/python -m multiverse.trainer.transfer answer --arm start
-	for seed in 0 1 2; do for arm in multiverse sequential curriculum; do \
-		.venv/bin/python -m multiverse.trainer.transfer train --arm $$arm --seed $$seed || exit 1; \
-		.venv/bin/python -m multiverse.trainer.transfer answer --arm $$arm --seed $$seed || exit 1; \
+	for seed in 0 1 2; do for arm in $(ARMS); do \
+		.venv/bin/python -m multiverse.trainer.transfer train --arm $$arm --seed $$seed \
+			--config trainer/configs/$(DESIGN).yaml || exit 1; \
+		.venv/bin/python -m multiverse.trainer.transfer answer --arm $$arm --seed $$seed \
+			--config trainer/configs/$(DESIGN).yaml || exit 1; \
 	done; done
-	.venv/bin/python -m multiverse.trainer.transfer report
+	.venv/bin/python -m multiverse.trainer.transfer report --config trainer/configs/$(DESIGN).yaml
 
 # .cache and runs stay: they hold the base model and the trained weights, which take long to make again.
 clean: ## remove .venv and build products (.cache and runs stay)

@@ -236,6 +236,8 @@ def test_numbers_formulas_and_symbols_of_a_text():
         "a+b", "c", "x=3+y", "f(2)<=4", "z"
     }  # fmt: skip
     assert squeezed(r"$\left( a \, b \right)$") == "(ab)"
+    assert formulas("$2 ** 3$").keys() == formulas("$2**3$").keys() != formulas("$23$").keys()
+    assert formulas("**x = 23**").keys() == formulas("x = 23").keys()
     assert symbols("Let's say I take a vector x with A2 or b_{10}, \\theta and we don't.") == {
         "x",
         "A2",

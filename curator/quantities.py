@@ -19,8 +19,8 @@ _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?<![\\$]\
 _SIDE = r"[\w.^*/+\-()\[\]{}\\|!']+"
 _RELATION = re.compile(r"[=<>≤≥≠≈]")
 _EQUATION = re.compile(rf"(?<!\w){_SIDE}(?:\s*(?:[=<>≤≥≠≈]|<=|>=|!=)\s*{_SIDE})+")
-# Spelling that changes nothing about a formula, besides blanks. Two asterisks are Markdown's bold where they lean on what
-# comes after them and stand apart from what comes before, or the other way round; `2**3` and `2 ** 3` are powers.
+# Spelling that changes nothing about a formula, besides blanks. Two asterisks are Markdown's bold where they lean on
+# what comes after them and stand apart from what comes before, or the other way round; `2**3` and `2 ** 3` are powers.
 _SPELLING = re.compile(
     r"\$|\\[()\[\]]|\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,;!:]|~"
     r"|\*\*(?:(?<![\w)\]}]\*\*)(?=\S)|(?<=\S\*\*)(?![\w(\\{\[+\-]))"

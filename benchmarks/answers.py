@@ -4,7 +4,7 @@ Nothing is forced: each writes what it was trained to write, greedily, and ends 
 one path at a time, which shows what branching alone brings on real texts.
 
 ```bash
-python -m benchmarks.answers runs/transfer/multiverse-0 runs/transfer/sequential-0
+python -m benchmarks.answers runs/transfer_fresh/multiverse-0 runs/transfer_fresh/sequential-0
 ```
 """
 

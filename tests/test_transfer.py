@@ -174,6 +174,37 @@ def test_a_single_epoch_has_no_curriculum_and_folders_of_its_own(experiment, see
         assert training["tokens"] == sum(map(len, seen[arm][:PROBLEMS]))
 
 
+def test_the_designs_differ_in_the_number_of_problems_and_epochs_alone():
+    one, other = (
+        yaml.safe_load(transfer.CONFIG.with_stem(name).read_text())
+        for name in ("smollm2_transfer", "smollm2_transfer_fresh")
+    )
+    assert one.keys() == other.keys()
+    assert {name for name in one if one[name] != other[name]} == {"synthetic_samples", "num_train_epochs"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"num_train_epochs": None}, "num_train_epochs"),
+        ({"num_train_epochs": 0.5}, "0.5"),
+        ({"adapter_path": ...}, "adapter_path"),
+    ],
+)
+def test_a_design_that_lacks_what_is_needed_is_refused(tmp_path, changed, named):
+    settings = yaml.safe_load(transfer.CONFIG.read_text()) | changed
+    config = tmp_path / "design.yaml"
+    config.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not ...}))
+    for command in (transfer.train, transfer.answer):
+        with pytest.raises(ValueError, match=rf"`config`.*{named}"):
+            command("multiverse", 0, config=config, runs=tmp_path, results=tmp_path / "results")
+    with pytest.raises(ValueError, match=rf"`config`.*{named}"):
+        transfer.report(config=config, results=tmp_path / "results")
+    with pytest.raises(ValueError, match="`config`"):
+        transfer.arms_of(tmp_path / "nowhere.yaml")
+    assert list(tmp_path.iterdir()) == [config]
+
+
 def test_without_a_start_nothing_is_trained(experiment, tmp_path):
     settings = yaml.safe_load(experiment.config.read_text()) | {"adapter_path": str(tmp_path / "nowhere")}
     config = tmp_path / "config.yaml"

@@ -184,8 +184,8 @@ def test_the_report_is_written_beside_the_records(tmp_path, capsys):
 
 
 def test_designs_are_reported_apart_and_share_the_start_that_lies_beside_its_weights(tmp_path):
-    write(tmp_path / "starts", "start", answers("1110", 100))
-    settings = {"adapter_path": str(tmp_path / "starts" / "start")}
+    write(tmp_path / "starts", "any-name", answers("1110", 100))
+    settings = {"model_name_or_path": "base", "adapter_path": str(tmp_path / "starts" / "any-name")}
     rights = {"short": "1000", "once": "1100"}
     for name, epochs in (("short", 8), ("once", 1)):
         config = tmp_path / f"smollm2_{name}.yaml"

@@ -55,6 +55,8 @@ _KEPT = ("problem", "right", "valid", "finish_reason", "generated_tokens", "sequ
 #: What is kept of the trainer's log.
 _LOGGED = ("step", "loss", "loss_tags", "loss_content", "learning_rate")
 _WEIGHTS = "adapter_model.safetensors"
+#: What a design has to say.
+_NEEDED = ("model_name_or_path", "adapter_path", "num_train_epochs")
 
 
 @app.command()
@@ -120,7 +122,7 @@ def answer(
     """Answers the held-out problems with one run, greedily and in the form that the run ended with."""
     name = arm if arm == START else f"{arm}-{seed}"
     folder = runs / design(config) / name
-    settings = yaml.safe_load(config.read_text())
+    settings = settings_of(config)
     start = Path(settings["adapter_path"])
     adapter = start if arm == START else folder
     finished = adapter / (_WEIGHTS if arm == START else "training.json")
@@ -153,7 +155,7 @@ def report(
     if pictures and importlib.util.find_spec("matplotlib") is None:
         raise ValueError('`pictures` needs matplotlib. Run `pip install -e ".[plots]"`, or pass `--no-pictures`.')
     arms, folder = list(arms_of(config)), results / design(config)
-    start = Path(yaml.safe_load(config.read_text())["adapter_path"]).with_suffix(".jsonl")
+    start = Path(settings_of(config)["adapter_path"]).with_suffix(".jsonl")
     summary = report_on(folder, arms, SEEDS, problems, start)
     folder.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     if pictures:
@@ -176,9 +178,24 @@ def design(config: Path) -> str:
     return config.stem.removeprefix("smollm2_")
 
 
+def settings_of(config: Path) -> dict[str, Any]:
+    """The settings of a design.
+
+    Raises:
+        ValueError: if one that the experiment itself needs is missing, or the epochs are no whole number.
+    """
+    settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    if missing := [name for name in _NEEDED if name not in settings]:
+        raise ValueError(f"`config`: {config} says nothing of {missing}. Start from {CONFIG}.")
+    epochs = settings["num_train_epochs"]
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"`config`: `num_train_epochs` must be a positive whole number, got {epochs!r}.")
+    return settings
+
+
 def arms_of(config: Path) -> dict[str, tuple[float, ...]]:
     """Share of Multiverse forms in every epoch, by arm; over a single epoch there is no curriculum."""
-    epochs = int(yaml.safe_load(config.read_text())["num_train_epochs"])
+    epochs = settings_of(config)["num_train_epochs"]
     arms = {"multiverse": (1.0,) * epochs, "sequential": (0.0,) * epochs}
     return arms | ({"curriculum": epoch_shares("linear", epochs)} if epochs > 1 else {})
 

@@ -30,12 +30,12 @@ def read_answers(folder: Path, problems: int, start: Path | None = None) -> tupl
     answers, incomplete = {}, []
     paths = {START: start} if start is not None and start.is_file() else {}
     paths |= {path.stem: path for path in folder.glob("*.jsonl")}
-    for _, path in sorted(paths.items()):
+    for name, path in sorted(paths.items()):
         records = sorted(map(json.loads, path.read_text().splitlines()), key=lambda record: record["problem"])
         if [record["problem"] for record in records] == list(range(problems)):
-            answers[path.stem] = records
+            answers[name] = records
         else:
-            incomplete.append(f"{path.stem}: answers ({len(records)} of {problems})")
+            incomplete.append(f"{name}: answers ({len(records)} of {problems})")
     return answers, incomplete
 
 
